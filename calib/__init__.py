@@ -1,0 +1,1 @@
+"""Calibration stage (torch): trajectories, observers, quantizers, bit allocation. Stage package, not API."""

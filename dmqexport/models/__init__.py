@@ -1,0 +1,1 @@
+"""Model registry: presets, local diffusers folders and the bundled model."""

@@ -1,0 +1,1 @@
+"""The report: metrics to JSON, JSON to one self-contained HTML file."""

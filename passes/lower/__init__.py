@@ -1,0 +1,1 @@
+"""Lowerings of the canonical graph, one file a target."""

@@ -1,0 +1,149 @@
+"""From statistics and bits to the QuantPlan and its integer weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from calib.observer import ATTENTION_OPERANDS, ActivationStatistics
+from calib.probe import LayerInfo, ProbeResult
+from calib.range_search import search_activation, search_centered, search_weight
+from dmqexport.quant_plan import Allocation, AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_types import (
+    MAX_BITS,
+    ActivationQuant,
+    BitWidths,
+    CodeArray,
+    IntArray,
+    WeightQuant,
+    quantize_weight,
+)
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """What one layer gets: its widths, or the reason why it stays in float; `reason` also says why widths differ."""
+
+    widths: BitWidths | None
+    reason: str = ""
+
+
+def freeze(
+    denoiser: nn.Module,
+    found: ProbeResult,
+    bits: Mapping[str, LayerBits],
+    statistics: Mapping[str, ActivationStatistics],
+    row_map: IntArray,
+    attention_bits: int | None,
+    model_fingerprint: str,
+    requested: str,
+    codes_path: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantPlan:
+    """Choose every scale and zero_point by least error, write the weight codes to `codes_path`, return the plan.
+
+    Readers of the same tensor with the same bits get the same quantizer, so that the graph quantizes it once.
+    """
+    layers: list[LayerQuant] = []
+    float_layers = dict(found.unsupported)
+    codes: dict[str, CodeArray] = {}
+    ranges: dict[tuple[str, int, int], ActivationQuant] = {}
+    for position, info in enumerate(found.layers):
+        choice = bits[info.name]
+        if choice.widths is None:
+            float_layers[info.name] = choice.reason
+            continue
+        layers.append(_freeze_layer(denoiser, info, choice, statistics, ranges, codes))
+        if progress is not None:
+            progress(position + 1, len(found.layers))
+    attentions: list[AttentionQuant] = []
+    for name in found.attentions:
+        if attention_bits is None:
+            float_layers[f"{name} (attention matmuls)"] = (
+                "float by default: int8 Q/DQ would cost the fused attention kernel"
+            )
+        else:
+            attentions.append(_freeze_attention(name, statistics, attention_bits))
+    QuantWeights.save(codes_path, codes)
+    return QuantPlan(
+        model_fingerprint=model_fingerprint,
+        bits=requested,
+        row_map=row_map,
+        rows=int(row_map.max()) + 1,
+        layers=tuple(layers),
+        attentions=tuple(attentions),
+        float_layers=float_layers,
+        allocation=_allocation(layers, found, requested),
+    )
+
+
+def _freeze_layer(
+    denoiser: nn.Module,
+    info: LayerInfo,
+    choice: LayerBits,
+    statistics: Mapping[str, ActivationStatistics],
+    ranges: dict[tuple[str, int, int], ActivationQuant],
+    codes: dict[str, CodeArray],
+) -> LayerQuant:
+    assert choice.widths is not None
+    weight = denoiser.get_submodule(info.name).get_parameter("weight").detach()
+    segments = []
+    for index, (start, stop) in enumerate(info.segments):
+        observed = statistics[f"{info.source}#{index}"]
+        activation: ActivationQuant | None = None
+        if choice.widths.activation is not None:
+            key = (info.source, index, choice.widths.activation)
+            if key not in ranges:
+                ranges[key] = _activation(observed, choice.widths.activation)
+            activation = ranges[key]
+        part = weight if len(info.segments) == 1 else weight[:, start:stop]
+        qparams = _weight(part, observed.second_moment, choice.widths.weight, info.op)
+        codes[f"{info.name}#{index}"] = quantize_weight(part.numpy(), qparams)
+        segments.append(Segment(start, stop, qparams, activation))
+    return LayerQuant(info.name, info.op, tuple(segments), info.parameters, choice.reason)
+
+
+def _activation(observed: ActivationStatistics, bits: int) -> ActivationQuant:
+    found = search_activation(observed.values, observed.weights, observed.low, observed.high, bits)
+    return ActivationQuant.from_rows(bits, found.scale.numpy(), found.zero_point.numpy())
+
+
+def _weight(part: Tensor, second_moment: Tensor, bits: int, op: LayerOp) -> WeightQuant:
+    importance: Tensor | None = None
+    if second_moment.numel() == part.shape[1]:  # a grouped convolution sees only its own group's channels
+        kernel = part[0, 0].numel() if op is LayerOp.CONV else 1
+        # A floor keeps a channel that calibration never excited from being quantized to anything at all.
+        importance = second_moment.clamp_min(1e-4 * float(second_moment.mean()) + 1e-12).repeat_interleave(kernel)
+    found = search_weight(part.flatten(1), importance, bits)
+    return WeightQuant(bits, found.scale.numpy(), found.zero_point.numpy())
+
+
+def _freeze_attention(name: str, statistics: Mapping[str, ActivationStatistics], bits: int) -> AttentionQuant:
+    operands: dict[str, ActivationQuant] = {}
+    for operand in ATTENTION_OPERANDS:
+        observed = statistics[f"{name}#{operand}"]
+        # Softmax needs the most codes: most probabilities are near zero.
+        width = MAX_BITS if operand == "probability" else bits
+        if operand != "probability" and width == MAX_BITS:
+            found = search_centered(observed.values, observed.weights, observed.low, observed.high, width)
+        else:
+            found = search_activation(observed.values, observed.weights, observed.low, observed.high, width)
+        operands[operand] = ActivationQuant.from_rows(width, found.scale.numpy(), found.zero_point.numpy())
+    return AttentionQuant(name, **operands)
+
+
+def _allocation(layers: list[LayerQuant], found: ProbeResult, requested: str) -> Allocation:
+    macs = {info.name: info.macs for info in found.layers}
+    parameters = sum(layer.parameters for layer in layers)
+    average = sum(layer.weight_bits * layer.parameters for layer in layers) / max(parameters, 1)
+    quantized = [(layer.activation_bits, macs[layer.name]) for layer in layers if layer.activation_bits is not None]
+    total = sum(weight for _, weight in quantized)
+    activation = sum(width * weight for width, weight in quantized) / total if total else None
+    return Allocation(
+        method="uniform",
+        budget=requested,
+        average_weight_bits=round(average, 6),
+        average_activation_bits=None if activation is None else round(activation, 6),
+        details={"activation_average_weighted_by": "multiply-accumulates"},
+    )

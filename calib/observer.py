@@ -1,0 +1,195 @@
+"""Activation statistics per timestep row: weighted samples with exact extremes, bounded in memory and order-free."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from calib.probe import AttentionMode, LayerInfo, ModuleStack, ProbeResult, removing
+from calib.sampling import CalibrationSet, seeded_generator
+from dmqexport.errors import CalibrationError
+from dmqexport.quant_plan import LayerOp
+
+_TAIL = 4  # exact values kept at each end of every observed tensor
+ATTENTION_OPERANDS = ("query", "key", "probability", "value")
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """values, weights: float32 [rows, n] (weight 0 pads short rows); low, high: float32 [rows]; second_moment: float32
+    [channels], the mean of x² a channel over all rows (empty for attention operands)."""
+
+    values: Tensor
+    weights: Tensor
+    low: Tensor
+    high: Tensor
+    second_moment: Tensor
+
+
+class _Accumulator:
+    """Statistics of one tensor; `observe` in any order, `result` sorts by entry."""
+
+    def __init__(self, key: str, rows: int, keep: int, seed: int) -> None:
+        self._key, self._rows, self._keep = key, rows, keep
+        self._generator = seeded_generator(seed, key)
+        self._positions: Tensor | None = None
+        self._entries: list[int] = []
+        self._rows_of: list[int] = []
+        self._values: list[Tensor] = []
+        self._moments: list[Tensor] = []
+        self._weights = torch.zeros(0)
+
+    def observe(self, tensor: Tensor, entries: list[int], rows: list[int], channel_axis: int | None) -> None:
+        """Add `tensor` [entries, ...]; `rows` names the table row of each entry."""
+        flat = tensor.reshape(len(entries), -1)
+        size = flat.shape[1]
+        tail, body = min(_TAIL, size // 4), min(self._keep, size)
+        if self._positions is None:
+            self._positions = torch.from_numpy(self._generator.permutation(size)[:body])
+            outer = torch.ones(tail)
+            self._weights = torch.cat([outer, torch.full((body,), (size - 2 * tail) / body), outer])
+        # Rotating one random choice by the entry's number covers every position and depends on no batch order.
+        offsets = torch.tensor(entries).unsqueeze(1) * max(1, size // 7 | 1)
+        picked = flat.gather(1, (self._positions.unsqueeze(0) + offsets) % size)
+        top = flat.topk(tail, dim=1).values
+        bottom = flat.topk(tail, dim=1, largest=False).values
+        values = torch.cat([bottom, picked, top], dim=1).float()
+        if not bool(torch.isfinite(values).all()):  # NaN sorts to the top, infinities to either end
+            raise CalibrationError(f"{self._key}: NaN or infinity in a float activation")
+        self._entries += entries
+        self._rows_of += rows
+        self._values.append(values)
+        if channel_axis is not None:
+            axes = [axis for axis in range(1, tensor.ndim) if axis != channel_axis]
+            self._moments.append((tensor.square().mean(dim=axes) if axes else tensor.square()).float())
+
+    def result(self) -> ActivationStatistics:
+        """Merge what was observed, in entry order."""
+        order = torch.argsort(torch.tensor(self._entries))
+        values = torch.cat(self._values)[order]
+        rows = torch.tensor(self._rows_of)[order]
+        counts = torch.bincount(rows, minlength=self._rows)
+        if int(counts.min()) == 0:
+            empty = (counts == 0).nonzero().flatten().tolist()
+            raise CalibrationError(f"{self._key}: no calibration sample falls into rows {empty}")
+        longest = int(counts.max()) * values.shape[1]
+        merged, weights = torch.zeros(self._rows, longest), torch.zeros(self._rows, longest)
+        low, high = torch.zeros(self._rows), torch.zeros(self._rows)
+        for row in range(self._rows):
+            part = values[rows == row]
+            merged[row, : part.numel()] = part.flatten()
+            weights[row, : part.numel()] = self._weights.repeat(part.shape[0])
+            low[row], high[row] = part.min(), part.max()
+        moments = torch.cat(self._moments)[order].mean(dim=0) if self._moments else torch.zeros(0)
+        return ActivationStatistics(merged, weights, low, high, moments)
+
+
+class Observer:
+    """Gathers statistics of every quantizable tensor of a denoiser over a calibration set.
+
+    Tensors that do not depend on the timestep have one row. Keys are `layer#segment` of the first reader, and
+    `attention#operand`.
+    """
+
+    def __init__(
+        self, found: ProbeResult, row_map: np.ndarray, samples_per_row: int, seed: int, attention: bool
+    ) -> None:
+        self._found = found
+        self._row_map = torch.from_numpy(np.asarray(row_map).copy())
+        self._rows = int(self._row_map.max()) + 1
+        self._samples_per_row = samples_per_row
+        self._seed = seed
+        self._attention = attention
+        self.statistics_: dict[str, ActivationStatistics] = {}
+
+    def observe(
+        self,
+        denoiser: nn.Module,
+        calibration: CalibrationSet,
+        run: Callable[[dict[str, Tensor]], object],
+        batch_size: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, ActivationStatistics]:
+        """Run the float denoiser over `calibration`; returns and keeps `statistics_`, forgetting any earlier ones."""
+        keep = self._values_per_entry(calibration)
+        accumulators: dict[str, _Accumulator] = {}
+        entries: list[int] = []
+        rows: list[int] = []
+
+        def accumulator(key: str, dependent: bool) -> _Accumulator:
+            if key not in accumulators:
+                count = keep if dependent else max(16, self._samples_per_row // len(calibration))
+                accumulators[key] = _Accumulator(key, self._rows if dependent else 1, count, self._seed)
+            return accumulators[key]
+
+        def layer_hook(layer: LayerInfo) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                tensor = args[0]
+                axis = 1 if layer.op is LayerOp.CONV else tensor.ndim - 1
+                used = rows if layer.timestep_dependent else [0] * len(rows)
+                for index, (start, stop) in enumerate(layer.segments):
+                    part = tensor.narrow(axis, start, stop - start)
+                    accumulator(f"{layer.name}#{index}", layer.timestep_dependent).observe(part, entries, used, axis)
+
+            return hook
+
+        def attend(name: str, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, object]) -> Tensor:
+            if name in self._found.attentions:
+                operands = attention_operands(query, key, value, extra)
+                for operand, tensor in zip(ATTENTION_OPERANDS, operands, strict=True):
+                    accumulator(f"{name}#{operand}", True).observe(tensor, entries, rows, None)
+            return scaled_dot_product_attention(query, key, value, **extra)  # type: ignore[arg-type]
+
+        unique = [layer for layer in self._found.layers if layer.source == layer.name]
+        handles = [denoiser.get_submodule(layer.name).register_forward_pre_hook(layer_hook(layer)) for layer in unique]
+        with removing(handles), torch.no_grad(), ModuleStack(denoiser) as stack:
+            for index, batch in calibration.batches(batch_size):
+                entries[:] = index.tolist()
+                rows[:] = self._row_map[batch["timestep"].clamp(0, self._row_map.numel() - 1)].tolist()
+                if self._attention:
+                    with AttentionMode(stack, attend):
+                        run(batch)
+                else:
+                    run(batch)
+                if progress is not None:
+                    progress(entries[-1] + 1, len(calibration))
+        self.statistics_ = {key: part.result() for key, part in accumulators.items()}
+        return self.statistics_
+
+    def _values_per_entry(self, calibration: CalibrationSet) -> int:
+        rows = self._row_map[calibration.timesteps.clamp(0, self._row_map.numel() - 1)]
+        largest = int(torch.bincount(rows, minlength=self._rows).max())
+        return max(16, self._samples_per_row // largest)
+
+
+def attention_operands(query: Tensor, key: Tensor, value: Tensor, extra: Mapping[str, object]) -> tuple[Tensor, ...]:
+    """The four operands of the two matmuls as the exporter decomposes them: q·√scale, kᵀ·√scale, softmax, v."""
+    scale = extra.get("scale") or query.shape[-1] ** -0.5
+    root = float(scale) ** 0.5  # type: ignore[arg-type]
+    scaled_query, scaled_key = query * root, key.transpose(-1, -2) * root
+    probability = torch.softmax(scaled_query @ scaled_key, dim=-1)
+    return scaled_query, scaled_key, probability, value
+
+
+def save_statistics(path: Path, statistics: Mapping[str, ActivationStatistics]) -> None:
+    """Write statistics as one safetensors file."""
+    tensors = {
+        f"{key}|{field}": getattr(part, field).contiguous()
+        for key, part in statistics.items()
+        for field in ("values", "weights", "low", "high", "second_moment")
+    }
+    save_file(tensors, str(path))
+
+
+def load_statistics(path: Path) -> dict[str, ActivationStatistics]:
+    """Read what `save_statistics` wrote."""
+    fields: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(str(path)).items():
+        key, field = name.rsplit("|", 1)
+        fields.setdefault(key, {})[field] = tensor
+    return {key: ActivationStatistics(**parts) for key, parts in fields.items()}

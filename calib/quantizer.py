@@ -1,0 +1,214 @@
+"""Fake-quantized layers that compute what the deployed graph computes: the same codes, in the same order."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.observer import attention_operands
+from calib.probe import AttentionMode, ModuleStack, removing
+from calib.sampling import TIMESTEP, broadcast_timestep
+from dmqexport.errors import CalibrationError
+from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_types import ActivationQuant, dequantize_weight
+
+
+@dataclass
+class RowContext:
+    """The table rows of the batch that is running, and the codes it produced when someone asked for them."""
+
+    row_map: Tensor
+    rows: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    codes: dict[str, Tensor] | None = None
+
+    def set_timestep(self, timestep: object, batch: int) -> None:
+        """Look the rows of `timestep` up; one a sample."""
+        values = broadcast_timestep(timestep, batch)
+        if int(values.min()) < 0 or int(values.max()) >= self.row_map.numel():
+            raise CalibrationError(f"timestep {int(values.max())} outside the table's 0 to {self.row_map.numel() - 1}")
+        self.rows = self.row_map[values]
+
+
+class ActivationQuantizer(nn.Module):
+    """Canonical activation quantizer (numerics of the graph): Mul rho, clip or shift, Q/DQ with a constant scale."""
+
+    rho: Tensor
+    inv_rho: Tensor
+    lo: Tensor
+    hi: Tensor
+    shift: Tensor
+    correction: Tensor
+
+    def __init__(self, name: str, qparams: ActivationQuant, context: RowContext) -> None:
+        super().__init__()
+        constants = qparams.constants()
+        self.name, self.context, self.rows = name, context, qparams.rows
+        self.has_rho, self.has_clip, self.has_shift = constants.has_rho, constants.has_clip, constants.has_shift
+        self.scale_ref = torch.tensor(constants.scale_ref, dtype=torch.float32)
+        for key in ("rho", "inv_rho", "lo", "hi", "shift", "correction"):
+            self.register_buffer(key, torch.from_numpy(getattr(constants, key).copy()), persistent=False)
+
+    def per_sample(self, table: Tensor, like: Tensor) -> Tensor:
+        """Gather `table` [rows] for each sample, shaped to broadcast over `like` [batch, ...]."""
+        if self.rows == 1:
+            return table
+        rows = self.context.rows
+        if like.shape[0] != rows.shape[0]:
+            raise CalibrationError(f"{self.name}: batch {like.shape[0]} but {rows.shape[0]} timesteps")
+        return table[rows].reshape(-1, *([1] * (like.ndim - 1)))
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Return codes * scale_ref, float32, same shape."""
+        if self.has_rho:
+            tensor = tensor * self.per_sample(self.rho, tensor)
+        if self.has_clip:
+            tensor = torch.maximum(tensor, self.per_sample(self.lo, tensor))
+            tensor = torch.minimum(tensor, self.per_sample(self.hi, tensor))
+        if self.has_shift:
+            tensor = tensor + self.per_sample(self.shift, tensor)
+        codes = torch.round(tensor / self.scale_ref).clamp_(-128, 127)
+        if self.context.codes is not None:
+            self.context.codes[self.name] = codes.to(torch.int8)
+        return codes * self.scale_ref
+
+    def rescale(self, output: Tensor) -> Tensor:
+        """Undo rho after the operator."""
+        return output * self.per_sample(self.inv_rho, output) if self.has_rho else output
+
+
+class QuantizedLayer(nn.Module):
+    """A Conv2d or Linear with quantized weights and activations, one part a segment."""
+
+    def __init__(
+        self, base: nn.Conv2d | nn.Linear, plan: LayerQuant, weights: QuantWeights, context: RowContext
+    ) -> None:
+        super().__init__()
+        self.base_bias = base.bias
+        self.conv = base if isinstance(base, nn.Conv2d) else None
+        self.spans = [(segment.start, segment.stop) for segment in plan.segments]
+        self.quantizers = nn.ModuleList()
+        for index, segment in enumerate(plan.segments):
+            codes = weights.codes(plan.name, index)
+            values = torch.from_numpy(dequantize_weight(codes, segment.weight))
+            self.register_buffer(f"weight_{index}", values, persistent=False)
+            self.quantizers.append(
+                nn.Identity()
+                if segment.activation is None
+                else ActivationQuantizer(f"{plan.name}#{index}", segment.activation, context)
+            )
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Same shapes as the float layer."""
+        axis = 1 if self.conv is not None else tensor.ndim - 1
+        total: Tensor | None = None
+        for index, (start, stop) in enumerate(self.spans):
+            part = tensor.narrow(axis, start, stop - start) if len(self.spans) > 1 else tensor
+            output = self._segment(part, index)
+            total = output if total is None else total + output
+        assert total is not None
+        if self.base_bias is None:
+            return total
+        return total + (self.base_bias.reshape(-1, 1, 1) if self.conv is not None else self.base_bias)
+
+    def _segment(self, part: Tensor, index: int) -> Tensor:
+        weight: Tensor = getattr(self, f"weight_{index}")
+        quantizer = self.quantizers[index]
+        if not isinstance(quantizer, ActivationQuantizer):
+            return self._operator(part, weight, padded=False)
+        padded = quantizer.has_shift and self.conv is not None
+        if padded:
+            part = F.pad(part, _spatial_pads(self.conv))
+        output = quantizer.rescale(self._operator(quantizer(part), weight, padded))
+        if quantizer.has_shift:
+            sums = weight.double().flatten(1).sum(dim=1).float()
+            sums = sums.reshape(-1, 1, 1) if self.conv is not None else sums
+            output = output - quantizer.per_sample(quantizer.correction, output) * sums
+        return output
+
+    def _operator(self, tensor: Tensor, weight: Tensor, padded: bool) -> Tensor:
+        if self.conv is None:
+            return F.linear(tensor, weight)
+        padding: Any = 0 if padded else self.conv.padding
+        return F.conv2d(tensor, weight, None, self.conv.stride, padding, self.conv.dilation, self.conv.groups)
+
+
+def _spatial_pads(conv: nn.Conv2d | None) -> list[int]:
+    assert conv is not None
+    if isinstance(conv.padding, str):
+        raise CalibrationError(f"padding {conv.padding!r} is not supported with shifted 8-bit activations")
+    vertical, horizontal = conv.padding
+    return [horizontal, horizontal, vertical, vertical]
+
+
+class QuantizedAttention:
+    """The two attention matmuls with quantized operands, as the graph computes them."""
+
+    def __init__(self, plan: AttentionQuant, context: RowContext) -> None:
+        self.quantizers = {
+            operand: ActivationQuantizer(f"{plan.name}#{operand}", getattr(plan, operand), context)
+            for operand in ("query", "key", "probability", "value")
+        }
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
+        """query, key, value [batch, heads, tokens, channels]; returns the attention output."""
+        scaled_query, scaled_key, _, _ = attention_operands(query, key, value, extra)
+        scores = self._matmul("query", scaled_query, "key", scaled_key)
+        return self._matmul("probability", torch.softmax(scores, dim=-1), "value", value)
+
+    def _matmul(self, left_name: str, left: Tensor, right_name: str, right: Tensor) -> Tensor:
+        first, second = self.quantizers[left_name], self.quantizers[right_name]
+        right_values = second(right)
+        output = first.rescale(first(left) @ right_values)
+        if first.has_shift:
+            sums = right_values.sum(dim=-2, keepdim=True)
+            output = output - first.per_sample(first.correction, output) * sums
+        return second.rescale(output)
+
+
+@contextmanager
+def simulate(denoiser: nn.Module, plan: QuantPlan, weights: QuantWeights) -> Iterator[RowContext]:
+    """Swap the planned layers of `denoiser` for fake-quantized ones inside the block; restores them after.
+
+    The denoiser may be called as usual (diffusers pipelines included): rows follow the timestep it is called with.
+    Raises CalibrationError when a planned layer is not in the model.
+    """
+    context = RowContext(torch.from_numpy(plan.row_map.copy()))
+    originals: dict[str, nn.Module] = {}
+    attention = {item.name: QuantizedAttention(item, context) for item in plan.attentions}
+
+    def attend(name: str, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
+        if name in attention:
+            return attention[name](query, key, value, extra)
+        return F.scaled_dot_product_attention(query, key, value, **extra)
+
+    def set_rows(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        sample = kwargs.get("sample", args[0] if args else None)
+        timestep = kwargs.get(TIMESTEP, args[1] if len(args) > 1 else None)
+        if sample is None or timestep is None:
+            raise CalibrationError("the denoiser must be called with a sample and a timestep")
+        context.set_timestep(timestep, sample.shape[0])
+
+    try:
+        for layer in plan.layers:
+            try:
+                base = denoiser.get_submodule(layer.name)
+            except AttributeError as error:
+                raise CalibrationError(f"the plan names {layer.name!r}, which this model does not have") from error
+            assert isinstance(base, (nn.Conv2d, nn.Linear))
+            originals[layer.name] = base
+            denoiser.set_submodule(layer.name, QuantizedLayer(base, layer, weights, context))
+        with removing([denoiser.register_forward_pre_hook(set_rows, with_kwargs=True)]), ExitStack() as extras:
+            if attention:
+                stack = extras.enter_context(ModuleStack(denoiser))
+                extras.enter_context(AttentionMode(stack, attend))
+            yield context
+    finally:
+        for name, module in originals.items():
+            denoiser.set_submodule(name, module)
+
+
+ProgressFunction = Callable[[int, int], None]

@@ -1,0 +1,152 @@
+"""Denoiser inputs along float trajectories: recorded from a running pipeline, stored as safetensors."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dmqexport.errors import CalibrationError
+
+TIMESTEP = "timestep"
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Inputs of the denoiser, one entry a (trajectory, step, guidance half).
+
+    inputs: name → tensor [entries, ...], with `timestep` int64 [entries]; trajectory and step: int64 [entries].
+    """
+
+    inputs: Mapping[str, Tensor]
+    trajectory: Tensor
+    step: Tensor
+
+    def __post_init__(self) -> None:
+        if TIMESTEP not in self.inputs:
+            raise CalibrationError(f"calibration inputs lack {TIMESTEP!r}: got {sorted(self.inputs)}")
+        for name, value in self.inputs.items():
+            if value.shape[0] != self.trajectory.shape[0]:
+                raise CalibrationError(
+                    f"input {name!r} has {value.shape[0]} entries, expected {self.trajectory.shape[0]}"
+                )
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise CalibrationError(
+                    f"the float model produced NaN or infinity in {name!r} along its trajectories",
+                    hint="check the weights and the scheduler: a float model that diverges cannot be calibrated",
+                )
+
+    def __len__(self) -> int:
+        return int(self.trajectory.shape[0])
+
+    @property
+    def timesteps(self) -> Tensor:
+        """int64 [entries]."""
+        return self.inputs[TIMESTEP]
+
+    def select(self, index: Tensor) -> dict[str, Tensor]:
+        """Return the inputs of the entries in `index` (int64 [n])."""
+        return {name: value[index] for name, value in self.inputs.items()}
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield (entry indices, inputs) in order, at most `size` entries each."""
+        for start in range(0, len(self), size):
+            index = torch.arange(start, min(start + size, len(self)))
+            yield index, self.select(index)
+
+    def subset(self, count: int, seed: int) -> "CalibrationSet":
+        """Return `count` entries spread evenly over steps, chosen by `seed`; all of them when there are fewer."""
+        if count >= len(self):
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self), generator=generator)
+        # Stable sort by step, then take every k-th: every step keeps its share.
+        order = order[torch.argsort(self.step[order], stable=True)]
+        picked = order[torch.linspace(0, len(self) - 1, count).round().long()].sort().values
+        return CalibrationSet(self.select(picked), self.trajectory[picked], self.step[picked])
+
+    def save(self, path: Path) -> None:
+        """Write to `path` as safetensors."""
+        tensors = {f"inputs.{name}": value.contiguous() for name, value in self.inputs.items()}
+        save_file({**tensors, "trajectory": self.trajectory, "step": self.step}, str(path))
+
+    @classmethod
+    def load(cls, path: Path) -> "CalibrationSet":
+        """Read what `save` wrote."""
+        tensors = load_file(str(path))
+        inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if name.startswith("inputs.")}
+        return cls(inputs, tensors["trajectory"], tensors["step"])
+
+    @classmethod
+    def concatenate(cls, parts: "list[CalibrationSet]") -> "CalibrationSet":
+        """Join sets in order."""
+        return cls(
+            {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs},
+            torch.cat([part.trajectory for part in parts]),
+            torch.cat([part.step for part in parts]),
+        )
+
+
+class TrajectoryRecorder:
+    """Context manager: records what a pipeline feeds its denoiser, call by call, without changing anything.
+
+    One call is one sampling step of a batch. `trajectories` is the number of pictures in that batch; a guided call
+    carries a multiple of it.
+    """
+
+    def __init__(self, denoiser: nn.Module, input_names: tuple[str, ...], trajectories: int, first: int = 0) -> None:
+        self._denoiser = denoiser
+        self._input_names = input_names
+        self._trajectories = trajectories
+        self._first = first
+        self._calls: list[dict[str, Tensor]] = []
+        self._handle: Any = None
+
+    def __enter__(self) -> "TrajectoryRecorder":
+        self._handle = self._denoiser.register_forward_pre_hook(self._record, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._handle.remove()
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(self._input_names, args, strict=False))
+        named.update({name: kwargs[name] for name in self._input_names if name in kwargs})
+        missing = [name for name in self._input_names if named.get(name) is None]
+        if missing:
+            raise CalibrationError(f"the pipeline calls its denoiser without {missing}")
+        batch = named["sample"].shape[0]
+        named[TIMESTEP] = broadcast_timestep(named[TIMESTEP], batch)
+        self._calls.append({name: torch.as_tensor(value).detach().cpu().clone() for name, value in named.items()})
+
+    def result(self) -> CalibrationSet:
+        """Return what was recorded; raises CalibrationError when nothing was."""
+        if not self._calls:
+            raise CalibrationError("the pipeline never called its denoiser")
+        entries = [call["sample"].shape[0] for call in self._calls]
+        trajectory = [torch.arange(count) % self._trajectories + self._first for count in entries]
+        step = [torch.full((count,), index) for index, count in enumerate(entries)]
+        names = self._calls[0].keys()
+        return CalibrationSet(
+            {name: torch.cat([call[name] for call in self._calls]) for name in names},
+            torch.cat(trajectory),
+            torch.cat(step),
+        )
+
+
+def broadcast_timestep(timestep: object, batch: int) -> Tensor:
+    """Return int64 [batch] from the scalar, [1] or [batch] timestep a pipeline passes (floats are rounded)."""
+    tensor = torch.as_tensor(timestep)
+    if tensor.is_floating_point():
+        tensor = tensor.round()
+    return tensor.to(torch.int64).reshape(-1).expand(batch).contiguous()
+
+
+def seeded_generator(seed: int, *keys: object) -> np.random.Generator:
+    """Return a generator that depends only on `seed` and `keys`, so that shards and batch sizes change nothing."""
+    words = [seed & 0xFFFFFFFF] + [byte for key in keys for byte in str(key).encode()]
+    return np.random.default_rng(np.random.SeedSequence(words))

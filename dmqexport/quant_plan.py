@@ -1,0 +1,332 @@
+"""QuantPlan, the contract between calibration and everything after it, and the integer weights beside it.
+
+`quant_plan.json` is for people and diffs, `quant_plan.safetensors` holds the arrays; no pickle anywhere. The weight
+codes are a separate artifact (`quant_weights.safetensors`) so that a plan stays small and codes are read layer by layer.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from dmqexport.errors import BundleError
+from dmqexport.quant_types import ActivationQuant, CodeArray, IntArray, WeightQuant, frozen_array
+
+SCHEMA_VERSION = 1
+PLAN_JSON = "quant_plan.json"
+PLAN_ARRAYS = "quant_plan.safetensors"
+WEIGHT_CODES = "quant_weights.safetensors"
+
+
+class LayerOp(StrEnum):
+    """The operator of a quantized layer."""
+
+    CONV = "conv"
+    LINEAR = "linear"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One slice [start, stop) of a layer's input channels with its own quantizers.
+
+    A plain layer has one segment; a layer that reads a concat has one a half (their ranges differ). `activation` is
+    None for weight-only quantization.
+    """
+
+    start: int
+    stop: int
+    weight: WeightQuant
+    activation: ActivationQuant | None
+
+
+@dataclass(frozen=True)
+class LayerQuant:
+    """A quantized Conv or Linear, named by its torch fully qualified name."""
+
+    name: str
+    op: LayerOp
+    segments: tuple[Segment, ...]
+    parameters: int
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.segments or self.segments[0].start != 0:
+            raise ValueError(f"{self.name}: segments must start at channel 0")
+        for left, right in zip(self.segments, self.segments[1:], strict=False):
+            if left.stop != right.start:
+                raise ValueError(f"{self.name}: segments leave a gap at channel {left.stop}")
+
+    @property
+    def weight_bits(self) -> int:
+        """Nominal weight bits (segments share them)."""
+        return self.segments[0].weight.bits
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Nominal activation bits, None for float."""
+        activation = self.segments[0].activation
+        return None if activation is None else activation.bits
+
+
+@dataclass(frozen=True)
+class AttentionQuant:
+    """The two matmuls of a scaled-dot-product attention: query·keyᵀ and probabilities·value.
+
+    `probability` is unsigned (zero_point 0); at 8 bits it uses the shifted form. query, key and value use the centered
+    range at 8 bits, since a shift there would need a correction by the other operand's sum on both sides.
+    """
+
+    name: str
+    query: ActivationQuant
+    key: ActivationQuant
+    probability: ActivationQuant
+    value: ActivationQuant
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How the bits were chosen. `method` is `uniform` unless a budget was given."""
+
+    method: str
+    budget: str
+    average_weight_bits: float
+    average_activation_bits: float | None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantPlan:
+    """Everything the graph needs to know. row_map: int64 [timesteps], timestep value → table row."""
+
+    model_fingerprint: str
+    bits: str
+    row_map: IntArray
+    rows: int
+    layers: tuple[LayerQuant, ...]
+    attentions: tuple[AttentionQuant, ...] = ()
+    float_layers: Mapping[str, str] = field(default_factory=dict)
+    allocation: Allocation = field(default_factory=lambda: Allocation("uniform", "", 0.0, None))
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "row_map", frozen_array(self.row_map, np.int64))
+        if self.row_map.ndim != 1 or self.row_map.size == 0:
+            raise ValueError("row_map must be a non-empty vector over timestep values")
+        if int(self.row_map.min()) < 0 or int(self.row_map.max()) >= self.rows:
+            raise ValueError(f"row_map names rows outside [0, {self.rows})")
+        for name, activation in self.activations():
+            if activation.rows not in (1, self.rows):
+                raise ValueError(f"{name}: {activation.rows} rows, the table has {self.rows}")
+        names = [layer.name for layer in self.layers] + [attention.name for attention in self.attentions]
+        if len(set(names)) != len(names):
+            raise ValueError("a layer is listed twice")
+
+    def layer(self, name: str) -> LayerQuant:
+        """Return the layer called `name`; KeyError otherwise."""
+        for candidate in self.layers:
+            if candidate.name == name:
+                return candidate
+        raise KeyError(name)
+
+    def activations(self) -> list[tuple[str, ActivationQuant]]:
+        """Every activation quantizer with a unique name `layer#operand`."""
+        found = [
+            (f"{layer.name}#{index}", segment.activation)
+            for layer in self.layers
+            for index, segment in enumerate(layer.segments)
+            if segment.activation is not None
+        ]
+        for attention in self.attentions:
+            for operand in ("query", "key", "probability", "value"):
+                found.append((f"{attention.name}#{operand}", getattr(attention, operand)))
+        return found
+
+    def row_ranges(self) -> list[tuple[int, int, int]]:
+        """Return (row, smallest timestep, largest timestep) for every row in use."""
+        return [
+            (row, int(np.flatnonzero(self.row_map == row)[0]), int(np.flatnonzero(self.row_map == row)[-1]))
+            for row in range(self.rows)
+            if bool(np.any(self.row_map == row))
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the JSON and every array, hex."""
+        document, arrays = _to_document(self)
+        digest = hashlib.sha256(_dump(document).encode())
+        for key in sorted(arrays):
+            digest.update(key.encode())
+            digest.update(np.ascontiguousarray(arrays[key]).tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write `quant_plan.json` and `quant_plan.safetensors` into `folder`."""
+        document, arrays = _to_document(self)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, str(folder / PLAN_ARRAYS))
+        (folder / PLAN_JSON).write_text(_dump(document), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "QuantPlan":
+        """Read a plan; raises BundleError when a file is missing, truncated or of another schema."""
+        try:
+            document = json.loads((folder / PLAN_JSON).read_text(encoding="utf-8"))
+            arrays = load_file(str(folder / PLAN_ARRAYS))
+            version = document.get("schema_version")
+            if version != SCHEMA_VERSION:
+                raise BundleError(
+                    f"{folder / PLAN_JSON}: schema {version}, this version reads {SCHEMA_VERSION}",
+                    hint="rebuild the bundle with this version",
+                )
+            return _from_document(document, arrays)
+        except BundleError:
+            raise
+        except Exception as error:  # any parser's error means the same to the user
+            raise BundleError(f"{folder}: the quantization plan cannot be read ({error})") from error
+
+
+class QuantWeights:
+    """Signed weight codes on disk, int8 in torch layout, one tensor a segment: `layer#segment`. Read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` lazily; raises BundleError when it cannot be read."""
+        self.path = path
+        try:
+            with safe_open(str(path), framework="numpy") as handle:
+                self._names = frozenset(handle.keys())
+        except Exception as error:
+            raise BundleError(f"{path}: weight codes cannot be read ({error})") from error
+
+    @staticmethod
+    def save(path: Path, codes: Mapping[str, CodeArray]) -> None:
+        """Write `codes` keyed by `layer#segment`."""
+        save_file({name: np.ascontiguousarray(array) for name, array in codes.items()}, str(path))
+
+    def codes(self, layer: str, segment: int) -> CodeArray:
+        """Return the codes of one segment, int8 [out_channels, segment channels, ...]."""
+        with safe_open(str(self.path), framework="numpy") as handle:
+            array: CodeArray = handle.get_tensor(f"{layer}#{segment}")
+        return array
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._names
+
+
+def _dump(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    arrays: dict[str, np.ndarray[Any, Any]] = {"row_map": np.asarray(plan.row_map)}
+
+    def activation_entry(key: str, activation: ActivationQuant) -> dict[str, Any]:
+        arrays[f"{key}.scale"] = np.asarray(activation.scale)
+        arrays[f"{key}.zero_point"] = np.asarray(activation.zero_point)
+        return {"bits": activation.bits, "rows": activation.rows, "scale_ref": activation.scale_ref}
+
+    layers: list[dict[str, Any]] = []
+    for layer in plan.layers:
+        segments = []
+        for index, segment in enumerate(layer.segments):
+            key = f"{layer.name}#{index}"
+            arrays[f"{key}.weight_scale"] = np.asarray(segment.weight.scale)
+            arrays[f"{key}.weight_zero_point"] = np.asarray(segment.weight.zero_point)
+            activation = None if segment.activation is None else activation_entry(key, segment.activation)
+            segments.append({"start": segment.start, "stop": segment.stop, "activation": activation})
+        layers.append(
+            {
+                "name": layer.name,
+                "op": layer.op.value,
+                "parameters": layer.parameters,
+                "weight_bits": layer.weight_bits,
+                "activation_bits": layer.activation_bits,
+                "reason": layer.reason,
+                "segments": segments,
+            }
+        )
+    attentions = [
+        {
+            "name": attention.name,
+            **{
+                operand: activation_entry(f"{attention.name}#{operand}", getattr(attention, operand))
+                for operand in ("query", "key", "probability", "value")
+            },
+        }
+        for attention in plan.attentions
+    ]
+    document = {
+        "schema_version": plan.schema_version,
+        "model_fingerprint": plan.model_fingerprint,
+        "bits": plan.bits,
+        "rows": plan.rows,
+        "row_ranges": plan.row_ranges(),
+        "layers": layers,
+        "attentions": attentions,
+        "float_layers": dict(plan.float_layers),
+        "allocation": {
+            "method": plan.allocation.method,
+            "budget": plan.allocation.budget,
+            "average_weight_bits": plan.allocation.average_weight_bits,
+            "average_activation_bits": plan.allocation.average_activation_bits,
+            **plan.allocation.details,
+        },
+    }
+    return document, arrays
+
+
+def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> QuantPlan:
+    def activation(key: str, entry: Mapping[str, Any] | None) -> ActivationQuant | None:
+        if entry is None:
+            return None
+        return ActivationQuant(
+            int(entry["bits"]), arrays[f"{key}.scale"], arrays[f"{key}.zero_point"], float(entry["scale_ref"])
+        )
+
+    def required(key: str, entry: Mapping[str, Any]) -> ActivationQuant:
+        found = activation(key, entry)
+        assert found is not None
+        return found
+
+    layers = []
+    for item in document["layers"]:
+        segments = []
+        for index, segment in enumerate(item["segments"]):
+            key = f"{item['name']}#{index}"
+            weight = WeightQuant(
+                int(item["weight_bits"]), arrays[f"{key}.weight_scale"], arrays[f"{key}.weight_zero_point"]
+            )
+            segments.append(
+                Segment(int(segment["start"]), int(segment["stop"]), weight, activation(key, segment["activation"]))
+            )
+        layers.append(
+            LayerQuant(item["name"], LayerOp(item["op"]), tuple(segments), int(item["parameters"]), item["reason"])
+        )
+    attentions = tuple(
+        AttentionQuant(
+            item["name"],
+            *(
+                required(f"{item['name']}#{operand}", item[operand])
+                for operand in ("query", "key", "probability", "value")
+            ),
+        )
+        for item in document["attentions"]
+    )
+    allocation = dict(document["allocation"])
+    known = {key: allocation.pop(key) for key in ("method", "budget", "average_weight_bits", "average_activation_bits")}
+    return QuantPlan(
+        model_fingerprint=document["model_fingerprint"],
+        bits=document["bits"],
+        row_map=np.asarray(arrays["row_map"], dtype=np.int64),
+        rows=int(document["rows"]),
+        layers=tuple(layers),
+        attentions=attentions,
+        float_layers=document["float_layers"],
+        allocation=Allocation(**known, details=allocation),
+    )

@@ -1,0 +1,208 @@
+"""The one quantizer: its types and the float32 constants that simulation and every graph share.
+
+A code is a signed integer `q = clip(round_half_even(x / scale), -zero_point, 2**bits - 1 - zero_point)`, that is the
+usual unsigned code minus its zero_point, so real zero is always code 0 and fits int8 for up to 7 bits (and for 8 bits
+with zero_point 128). An asymmetric 8-bit range is reached by adding an integer shift before rounding.
+
+Simulation and deployment agree because both read the same float32 arrays computed here, with operations that IEEE 754
+rounds exactly (one multiplication or one division each).
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmqexport.errors import RecipeError
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+CodeArray = npt.NDArray[np.int8]
+
+MIN_BITS = 2
+MAX_BITS = 8
+#: Code of real zero in an 8-bit tensor without shift: the int8 range [-128, 127].
+CENTERED_ZERO_POINT = 128
+
+
+def frozen_array(values: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return a contiguous read-only copy of `values` as `dtype`."""
+    array = np.array(values, dtype=dtype, order="C")
+    array.setflags(write=False)
+    return array
+
+
+def code_range(bits: int, zero_point: npt.ArrayLike) -> tuple[IntArray, IntArray]:
+    """Return (quant_min, quant_max) of the signed codes, same shape as `zero_point`."""
+    zero = np.asarray(zero_point, dtype=np.int64)
+    return -zero, (2**bits - 1) - zero
+
+
+def check_bits(bits: int, where: str) -> None:
+    """Raise RecipeError unless `bits` is a width this quantizer has."""
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise RecipeError(f"{where}: {bits} bits asked for, {MIN_BITS} to {MAX_BITS} can be quantized")
+
+
+@dataclass(frozen=True)
+class BitWidths:
+    """Weight and activation bits of a plan or a layer; None leaves the activations in float (`w4a16`)."""
+
+    weight: int
+    activation: int | None
+
+    def __post_init__(self) -> None:
+        check_bits(self.weight, "weight bits")
+        if self.activation is not None:
+            check_bits(self.activation, "activation bits")
+
+    @classmethod
+    def parse(cls, text: str) -> "BitWidths":
+        """Parse `w4a4`, `w8a8`, `w4a16` (16 or 32 activation bits mean float).
+
+        Raises RecipeError for anything else.
+        """
+        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        if match is None:
+            raise RecipeError(f"bits {text!r} are not of the form wNaM", hint="for example w4a4, w8a8 or w4a16")
+        weight, activation = int(match[1]), int(match[2])
+        return cls(weight, None if activation in (16, 32) else activation)
+
+    def __str__(self) -> str:
+        return f"w{self.weight}a{16 if self.activation is None else self.activation}"
+
+
+@dataclass(frozen=True, eq=False)
+class WeightQuant:
+    """Quantization parameters of one weight (or of one slice of its input channels), per output channel.
+
+    scale: float32 [out_channels] > 0; zero_point: int64 [out_channels] in [0, 2**bits - 1].
+    8-bit weights are symmetric (zero_point 128), narrower ones may be asymmetric.
+    """
+
+    bits: int
+    scale: FloatArray
+    zero_point: IntArray
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, "weight")
+        object.__setattr__(self, "scale", frozen_array(self.scale, np.float32))
+        object.__setattr__(self, "zero_point", frozen_array(self.zero_point, np.int64))
+        _check_qparams(self.bits, self.scale, self.zero_point)
+        if self.bits == MAX_BITS and not bool(np.all(self.zero_point == CENTERED_ZERO_POINT)):
+            raise ValueError("8-bit weights must be symmetric: zero_point 128 in every channel")
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationQuant:
+    """Quantization parameters of one activation tensor: one scale and zero_point per timestep row.
+
+    scale: float32 [rows] > 0; zero_point: int64 [rows] in [0, 2**bits - 1]; rows is 1 for a tensor that does not depend
+    on the timestep. scale_ref: float32 scalar, the constant scale of the Q/DQ pair (geometric mean of the rows).
+    """
+
+    bits: int
+    scale: FloatArray
+    zero_point: IntArray
+    scale_ref: float
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, "activation")
+        object.__setattr__(self, "scale", frozen_array(self.scale, np.float32))
+        object.__setattr__(self, "zero_point", frozen_array(self.zero_point, np.int64))
+        object.__setattr__(self, "scale_ref", float(np.float32(self.scale_ref)))
+        _check_qparams(self.bits, self.scale, self.zero_point)
+        if not (np.isfinite(self.scale_ref) and self.scale_ref > 0):
+            raise ValueError(f"scale_ref must be positive and finite, got {self.scale_ref}")
+
+    @classmethod
+    def from_rows(cls, bits: int, scale: npt.ArrayLike, zero_point: npt.ArrayLike) -> "ActivationQuant":
+        """Build from per-row arrays [rows]; equal rows collapse to one, scale_ref is their geometric mean."""
+        scales = np.asarray(scale, dtype=np.float32).reshape(-1)
+        zeros = np.asarray(zero_point, dtype=np.int64).reshape(-1)
+        if bool(np.all(scales == scales[0])) and bool(np.all(zeros == zeros[0])):
+            scales, zeros = scales[:1], zeros[:1]
+        constant = bool(np.all(scales == scales[0]))
+        reference = scales[0] if constant else np.float32(np.exp(np.mean(np.log(scales.astype(np.float64)))))
+        return cls(bits, scales, zeros, float(reference))
+
+    @property
+    def rows(self) -> int:
+        """Number of table rows, 1 when nothing varies with the timestep."""
+        return int(self.scale.shape[0])
+
+    def same_as(self, other: "ActivationQuant") -> bool:
+        """Whether both quantize any tensor to the same codes."""
+        return (
+            self.bits == other.bits
+            and self.scale_ref == other.scale_ref
+            and np.array_equal(self.scale, other.scale)
+            and np.array_equal(self.zero_point, other.zero_point)
+        )
+
+    def constants(self) -> "RowConstants":
+        """Return the float32 constants that the simulation and the graphs use."""
+        reference = np.float32(self.scale_ref)
+        quant_min, quant_max = code_range(self.bits, self.zero_point)
+        shift = self.zero_point - CENTERED_ZERO_POINT if self.bits == MAX_BITS else np.zeros_like(self.zero_point)
+        shift32 = shift.astype(np.float32)
+        return RowConstants(
+            scale_ref=float(reference),
+            rho=frozen_array(reference / self.scale, np.float32),
+            inv_rho=frozen_array(self.scale / reference, np.float32),
+            lo=frozen_array(quant_min.astype(np.float32) * reference, np.float32),
+            hi=frozen_array(quant_max.astype(np.float32) * reference, np.float32),
+            shift=frozen_array(shift32 * reference, np.float32),
+            correction=frozen_array(shift32 * self.scale, np.float32),
+            has_rho=bool(np.any(self.scale != reference)),
+            has_clip=self.bits < MAX_BITS,
+            has_shift=bool(np.any(shift != 0)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RowConstants:
+    """What the canonical operator multiplies, clips and adds, float32 [rows] each.
+
+    xm = x * rho; xc = min(max(xm, lo), hi) for bits <= 7, xm + shift for shifted 8-bit; Q/DQ with scale_ref; the
+    operator; * inv_rho; - correction * sum of the other operand over the contracted axis. `has_*` tell what can be
+    skipped because it would change nothing.
+    """
+
+    scale_ref: float
+    rho: FloatArray
+    inv_rho: FloatArray
+    lo: FloatArray
+    hi: FloatArray
+    shift: FloatArray
+    correction: FloatArray
+    has_rho: bool
+    has_clip: bool
+    has_shift: bool
+
+
+def quantize_weight(weight: FloatArray, qparams: WeightQuant) -> CodeArray:
+    """Return the signed codes, int8, of `weight` [out_channels, ...] rounded half to even."""
+    shape = (-1,) + (1,) * (weight.ndim - 1)
+    quant_min, quant_max = code_range(qparams.bits, qparams.zero_point)
+    codes = np.rint(weight.astype(np.float32) / qparams.scale.reshape(shape))
+    clipped: CodeArray = np.clip(codes, quant_min.reshape(shape), quant_max.reshape(shape)).astype(np.int8)
+    return clipped
+
+
+def dequantize_weight(codes: CodeArray, qparams: WeightQuant) -> FloatArray:
+    """Return float32 codes * scale, as DequantizeLinear computes it (ONNX operator spec)."""
+    shape = (-1,) + (1,) * (codes.ndim - 1)
+    values: FloatArray = codes.astype(np.float32) * qparams.scale.reshape(shape)
+    return values
+
+
+def _check_qparams(bits: int, scale: FloatArray, zero_point: IntArray) -> None:
+    if scale.ndim != 1 or scale.shape != zero_point.shape or scale.size == 0:
+        raise ValueError(f"scale {scale.shape} and zero_point {zero_point.shape} must be equal, non-empty vectors")
+    if not bool(np.all(np.isfinite(scale) & (scale > 0))):
+        raise ValueError("every scale must be positive and finite")
+    if bool(np.any((zero_point < 0) | (zero_point > 2**bits - 1))):
+        raise ValueError(f"zero_point outside [0, {2**bits - 1}]")

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from dmqexport.report.document import Row, TimestepError
 from dmqexport.report.heatmap import timesteps
 
-WIDTH, HEIGHT = 720, 280
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 26, 46
+_LABEL_WIDTH = 62
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A labelled place on an axis; minor labels vanish on narrow screens."""
+    """A labelled place on an axis."""
 
     at: float
     label: str
-    minor: bool
 
 
 @dataclass(frozen=True)
@@ -51,36 +50,39 @@ class Chart:
     y_ticks: tuple[Tick, ...]
     bands: tuple[Band, ...]
     overall: float | None
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = LEFT
-    right: int = WIDTH - RIGHT
-    top: int = TOP
-    bottom: int = HEIGHT - BOTTOM
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
 
 
-def timestep_chart(measured: Sequence[TimestepError], rows: Sequence[Row], overall: float | None) -> Chart | None:
-    """Return the chart of eps SQNR over timesteps, or None where nothing was measured."""
+def timestep_chart(
+    measured: Sequence[TimestepError], rows: Sequence[Row], overall: float | None, *, width: int, height: int
+) -> Chart | None:
+    """Return the chart of eps SQNR over timesteps in `width` × `height` units, or None where nothing was measured."""
     series = sorted(measured, key=lambda point: point.timestep)
     values = [point.eps_sqnr_db for point in series if point.eps_sqnr_db is not None]
     if not values:
         return None
     if overall is not None:
         values.append(overall)
+    left, right, top, bottom = _LEFT, width - _RIGHT, _TOP, height - _BOTTOM
     y_ticks = _ticks(min(values), max(values), 6)
     x_ticks = _ticks(
         min([point.timestep for point in series] + [row.timestep_min for row in rows]),
         max([point.timestep for point in series] + [row.timestep_max + 1 for row in rows]),
-        10,
+        max(2, (right - left) // _LABEL_WIDTH),
     )
 
     def x(value: float) -> float:
         low, high = x_ticks[0], x_ticks[-1]
-        return round(LEFT + (value - low) / (high - low) * (WIDTH - RIGHT - LEFT), 1)
+        return round(left + (value - low) / (high - low) * (right - left), 1)
 
     def y(value: float) -> float:
         low, high = y_ticks[0], y_ticks[-1]
-        return round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP), 1)
+        return round(bottom - (value - low) / (high - low) * (bottom - top), 1)
 
     points: list[Point] = []
     lines: list[list[str]] = [[]]
@@ -98,22 +100,32 @@ def timestep_chart(measured: Sequence[TimestepError], rows: Sequence[Row], overa
     return Chart(
         points=tuple(points),
         lines=tuple(" ".join(line) for line in lines if len(line) > 1),
-        x_ticks=tuple(Tick(x(at), f"{at:g}", index % 2 == 1) for index, at in enumerate(x_ticks)),
-        y_ticks=tuple(Tick(y(at), f"{at:g}", False) for at in y_ticks),
+        x_ticks=tuple(Tick(x(at), f"{at:g}") for at in x_ticks),
+        y_ticks=tuple(Tick(y(at), f"{at:g}") for at in y_ticks),
         bands=tuple(_bands(rows, x)) if len(rows) > 1 else (),
         overall=None if overall is None else y(overall),
+        width=width,
+        height=height,
+        left=left,
+        right=right,
+        top=top,
+        bottom=bottom,
     )
 
 
 def _bands(rows: Sequence[Row], x: Callable[[float], float]) -> Iterator[Band]:
-    each = math.ceil(len(rows) / 12)
+    labelled_to = 0.0
     for index, row in enumerate(sorted(rows, key=lambda row: row.timestep_min)):
         start, end = x(row.timestep_min), x(row.timestep_max + 1)
+        middle = (start + end) / 2
+        # Rows may be of uneven width, so what counts is the room since the last label.
+        fits = middle - labelled_to >= _LABEL_WIDTH
+        labelled_to = middle if fits else labelled_to
         yield Band(
             x=start,
             width=round(end - start, 1),
-            middle=round((start + end) / 2, 1),
-            label=str(row.row) if index % each == 0 else "",
+            middle=round(middle, 1),
+            label=f"row {row.row}" if fits else "",
             title=f"row {row.row}: timesteps {timesteps(row)}",
             shaded=index % 2 == 1,
         )
@@ -121,7 +133,7 @@ def _bands(rows: Sequence[Row], x: Callable[[float], float]) -> Iterator[Band]:
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
     """Return round numbers that enclose low..high, at most `most` + 1 of them."""
-    span = (high - low) or 1.0
+    span = max(high - low, 0.5)  # a flat curve is flat: do not magnify its noise to the whole height
     magnitude = 10 ** math.floor(math.log10(span / most))
     step = next(
         step

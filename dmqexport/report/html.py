@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dmqexport.errors import ResourceError
 from dmqexport.report import heatmap, pictures, wording
-from dmqexport.report.chart import timestep_chart
+from dmqexport.report.chart import Chart, timestep_chart
 from dmqexport.report.document import CAP_DB, Gate, Layer, ReportDocument, parse_document
 from dmqexport.report.pictures import ReportImages
 
@@ -86,7 +87,7 @@ def render_html(document: ReportDocument, images: ReportImages | None) -> str:
             pictures=[] if images is None else pictures.embed(images, SHOWN_PICTURES),
             picture_count=0 if images is None else len(images),
             gain=pictures.DIFFERENCE_GAIN,
-            chart=timestep_chart(document.metrics.by_timestep, document.rows, document.metrics.eps_sqnr_db),
+            charts=_charts(document),
             scale=scale,
             blocks=[] if scale is None else heatmap.blocks(document.layers, document.rows, scale),
             levels=heatmap.LEVELS,
@@ -101,6 +102,16 @@ def render_html(document: ReportDocument, images: ReportImages | None) -> str:
             w=wording,
         )
     )
+
+
+def _charts(document: ReportDocument) -> list[tuple[str, Chart]]:
+    """Return the chart drawn for each kind of screen: shrunk to a phone, the wide one's labels could not be read."""
+    metrics = document.metrics
+    drawn = (
+        (kind, timestep_chart(metrics.by_timestep, document.rows, metrics.eps_sqnr_db, width=width, height=height))
+        for kind, width, height in (("wide", 1000, 300), ("narrow", 340, 250))
+    )
+    return [(kind, chart) for kind, chart in drawn if chart is not None]
 
 
 def _verdict(document: ReportDocument) -> Card:
@@ -127,8 +138,9 @@ def _cards(document: ReportDocument) -> list[Card]:
             document,
             "Size",
             sizes.float_ / sizes.storage if sizes.float_ and sizes.storage else None,
-            lambda ratio: f"{wording.times(ratio)} smaller" if ratio >= 1 else f"{wording.times(1 / ratio)} larger",
-            f"{wording.measured(sizes.float_, wording.size)} → {wording.measured(sizes.storage, wording.size)} stored",
+            wording.times,
+            f"smaller: {wording.measured(sizes.float_, wording.size)} → "
+            f"{wording.measured(sizes.storage, wording.size)} stored",
             "size_bytes",
         ),
         _speed_card(document),
@@ -163,12 +175,11 @@ def _speed_card(document: ReportDocument) -> Card:
     if latency is None or latency.ratio is None:
         return Card("Speed", wording.NOT_MEASURED, document.notes.get("latency", "no timing was taken"), "unknown")
     detail = (
+        f"{'as fast' if latency.ratio >= 1 else 'slower than float'}: "
         f"{wording.measured(latency.fp32_ms, wording.milliseconds)} → "
         f"{wording.measured(latency.quantized_ms, wording.milliseconds)} a call"
     )
-    if latency.ratio >= 1:
-        return Card("Speed", f"{wording.times(latency.ratio)} as fast", detail)
-    return Card("Speed", f"{wording.times(1 / latency.ratio)} slower", detail, "bad")
+    return Card("Speed", wording.times(latency.ratio), detail, "plain" if latency.ratio >= 1 else "bad")
 
 
 def _gate_row(gate: Gate) -> dict[str, str]:
@@ -243,13 +254,20 @@ def _policy_hash(text: str) -> Markup:
 
 
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_resource),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
+    return environment
+
+
+def _breakable(name: str) -> Markup:
+    """Let a long module name break after its dots, slashes and underscores instead of amid a word."""
+    return Markup(re.sub(r"([./_])", r"\1<wbr>", str(escape(name))))
 
 
 def _resource(name: str) -> str:

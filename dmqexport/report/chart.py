@@ -9,6 +9,7 @@ from dmqexport.report.heatmap import timesteps
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 26, 46
 _LABEL_WIDTH = 62
+_NUMBER_WIDTH = 46
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def timestep_chart(
     x_ticks = _ticks(
         min([point.timestep for point in series] + [row.timestep_min for row in rows]),
         max([point.timestep for point in series] + [row.timestep_max + 1 for row in rows]),
-        max(2, (right - left) // _LABEL_WIDTH),
+        max(2, (right - left) // _NUMBER_WIDTH),
     )
 
     def x(value: float) -> float:
@@ -114,7 +115,7 @@ def timestep_chart(
 
 
 def _bands(rows: Sequence[Row], x: Callable[[float], float]) -> Iterator[Band]:
-    labelled_to = 0.0
+    labelled_to = -math.inf
     for index, row in enumerate(sorted(rows, key=lambda row: row.timestep_min)):
         start, end = x(row.timestep_min), x(row.timestep_max + 1)
         middle = (start + end) / 2

@@ -1,7 +1,7 @@
 """QuantPlan, the contract between calibration and everything after it, and the integer weights beside it.
 
 `quant_plan.json` is for people and diffs, `quant_plan.safetensors` holds the arrays; no pickle anywhere. The weight
-codes are a separate artifact (`quant_weights.safetensors`) so that a plan stays small and codes are read layer by layer.
+codes are a separate artifact (`quant_weights.safetensors`): a plan stays small and codes are read layer by layer.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""`UNet2DConditionModel`: text-to-image UNets with cross-attention (Stable Diffusion 1.x and 2.x, the bundled model)."""
+"""`UNet2DConditionModel`: text-to-image UNets with cross-attention (Stable Diffusion 1.x, 2.x, the bundled model)."""
 
 import torch
 from torch import Tensor, nn

@@ -1,0 +1,143 @@
+"""Torch module → float ONNX graph whose nodes name the module they came from. The only module that sees both worlds.
+
+Uses `torch.onnx.export(dynamo=True)`. The exporter's scope metadata is reduced to two properties on the nodes that
+matter, `dmqexport.module` (fully qualified name in the denoiser) and `dmqexport.role`; everything else it writes (stack
+traces with paths of the exporting machine) is dropped, so that the same model exports to the same bytes anywhere.
+"""
+
+import ast
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from dmqexport.errors import BindingError
+from passes.base import MODULE_KEY, ROLE_KEY, Role
+
+OPSET = 21
+OUTPUT_NAME = "out_sample"
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+_WRAPPER = "denoiser"
+_INLINE_LIMIT = 512 * 2**20  # protobuf stops at 2 GB; stay far below and memory-map the rest
+
+logger = logging.getLogger(__name__)
+
+
+def export_float_graph(wrapped: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
+    """Export `wrapped` (forward takes `inputs` by name, holds the model as `.denoiser`) to `path`, opset 21.
+
+    The first axis of every input is the dynamic batch; the sample batch must be at least 2 so that it does not
+    specialise. Raises BindingError when a Conv2d or Linear that ran is missing in the graph.
+    """
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    layers = {
+        name.removeprefix(f"{_WRAPPER}."): module
+        for name, module in wrapped.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            wrapped.eval(),
+            kwargs=dict(inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes={name: {0: batch} for name in inputs},
+            output_names=[OUTPUT_NAME],
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    _annotate(model, layers)
+    _rename(model)
+    save_model(model, path)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Save, with external data beside the graph when the initializers are large."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    external = f"{path.name}.data" if size > _INLINE_LIMIT else None
+    ir.save(model, path, external_data=external)
+
+
+def _annotate(model: ir.Model, layers: Mapping[str, nn.Module]) -> None:
+    """Turn exporter scopes into module and role properties."""
+    bound: set[str] = set()
+    attention_matmuls: dict[str, int] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "[]"))
+        node.metadata_props.clear()
+        node.doc_string = None
+        if len(scopes) < 2:
+            continue
+        module = str(scopes[-2]).removeprefix(_WRAPPER).removeprefix(".")
+        role: Role | None = None
+        if str(scopes[-1]).startswith("scaled_dot_product_attention"):
+            if node.op_type == "MatMul":
+                seen = attention_matmuls[module] = attention_matmuls.get(module, 0) + 1
+                role = Role.QUERY_KEY if seen == 1 else Role.PROBABILITY_VALUE
+            elif node.op_type == "Softmax":
+                role = Role.SOFTMAX
+        elif module in layers:
+            bound.add(module)
+            if node.op_type in ("Conv", "MatMul", "Gemm"):
+                role = Role.COMPUTE
+            elif node.op_type == "Add":
+                role = Role.BIAS
+        if role is not None:
+            node.metadata_props[MODULE_KEY] = module
+            node.metadata_props[ROLE_KEY] = role.value
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_version = torch.__version__.split("+")[0]
+    for value in list(model.graph.initializers.values()) + list(model.graph.inputs) + list(model.graph.outputs):
+        value.metadata_props.clear()
+    for node in model.graph:
+        for output in node.outputs:
+            output.metadata_props.clear()
+    if not bound:
+        raise BindingError(
+            "the exported graph names no torch module: no layer can be bound",
+            hint=f"torch {torch.__version__} may write its scopes elsewhere; supported: torch 2.9 and newer",
+        )
+
+
+def _rename(model: ir.Model) -> None:
+    """Name the nodes of a layer after it, and its result `<module>/output`: stable across runs and readable."""
+    names = {value.name for value in model.graph.outputs}
+    for node in model.graph:
+        module, role = node.metadata_props.get(MODULE_KEY), node.metadata_props.get(ROLE_KEY)
+        if module is None:
+            continue
+        kinds = {Role.QUERY_KEY: "QueryKey", Role.PROBABILITY_VALUE: "ProbabilityValue"}
+        node.name = f"{module}/{kinds.get(Role(str(role)), node.op_type)}"
+        output = node.outputs[0]
+        biased = role == Role.COMPUTE and any(
+            use.node.metadata_props.get(MODULE_KEY) == module and use.node.metadata_props.get(ROLE_KEY) == Role.BIAS
+            for use in output.uses()
+        )
+        suffix = {Role.QUERY_KEY: "scores", Role.SOFTMAX: "probability"}.get(Role(str(role)), "output")
+        if output.name not in names:
+            output.name = f"{module}/{'product' if biased else suffix}"
+
+
+@contextmanager
+def _quiet() -> Any:
+    """The exporter reports progress on stdout and notes about optional packages; none of it concerns the user."""
+    sink = io.StringIO()
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+        if sink.getvalue():
+            logger.debug("exporter: %s", sink.getvalue().strip())

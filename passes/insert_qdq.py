@@ -1,0 +1,292 @@
+"""Insert Q/DQ pairs and the constants around them: the canonical quantized operator."""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from dmqexport.errors import LoweringError
+from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_types import ActivationQuant, RowConstants, WeightQuant, dequantize_weight
+from passes.base import Builder, Role, constant_array, rank_of, redirect, segment_of, tag, take_name
+from passes.bind import AttentionNodes, LayerNodes, bind
+
+ROW = "dmqexport/row"
+ROW_MAP = "dmqexport/row_map"
+TIMESTEP = "timestep"
+
+
+@dataclass(frozen=True, eq=False)
+class _Quantized:
+    """A dequantized activation and the constants that its operator's output needs."""
+
+    value: ir.Value
+    constants: RowConstants
+    inv_rho: ir.Value | None
+    correction: ir.Value | None
+
+
+class InsertQDQ(ir.passes.InPlacePass):
+    """Quantize the inputs and weights of every planned layer and attention; everything else stays as it is.
+
+    Emits per operand Mul(rho), Max(lo), Min(hi) (or Add(shift)), QuantizeLinear, DequantizeLinear with one constant
+    rank-0 scale and an int8 zero, and after the operator Mul(1/rho), the shift correction and the bias. Values that
+    depend on the timestep come from one Gather each; `GatherTimestepScale` packs those. Weights of at most 4 bits are
+    stored as packed uint4 nominal codes with their zero_point, wider ones as signed int8.
+    """
+
+    def __init__(self, plan: QuantPlan, weights: QuantWeights) -> None:
+        super().__init__()
+        self._plan = plan
+        self._weights = weights
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place; a graph that is already quantized is left alone."""
+        bindings = bind(model, self._plan)
+        work = _Insertion(model.graph, self._plan, self._weights)
+        modified = False
+        for layer in self._plan.layers:
+            nodes = bindings.layers[layer.name]
+            if constant_array(nodes.compute[0].inputs[1]) is not None:
+                work.layer(layer, nodes)
+                modified = True
+        for attention in self._plan.attentions:
+            pair = bindings.attentions[attention.name]
+            if not _reads_dequantized(pair.query_key):
+                work.attention(attention, pair)
+                modified = True
+        if modified:
+            model.graph.sort()
+        return ir.passes.PassResult(model, modified)
+
+
+def _reads_dequantized(node: ir.Node) -> bool:
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+class _Insertion:
+    def __init__(self, graph: ir.Graph, plan: QuantPlan, weights: QuantWeights) -> None:
+        self._graph = graph
+        self._plan = plan
+        self._weights = weights
+        self._builder = Builder(graph)
+        self._done: dict[tuple[object, ...], _Quantized] = {}
+        self._columns: dict[tuple[bytes, int], ir.Value] = {}
+        self._row: ir.Value | None = None
+
+    # Layers
+
+    def layer(self, plan: LayerQuant, nodes: LayerNodes) -> None:
+        bias_moves = any(
+            segment.activation is not None
+            and (segment.activation.constants().has_rho or segment.activation.constants().has_shift)
+            for segment in plan.segments
+        )
+        for node in nodes.compute:
+            index = segment_of(node)
+            segment = plan.segments[index]
+            name = f"{plan.name}#{index}"
+            codes = self._weights.codes(plan.name, index)
+            conv = plan.op is LayerOp.CONV
+            node.replace_input_with(1, self._weight(name, node, codes, segment.weight, conv))
+            bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 and bias_moves else None
+            if bias is not None:
+                node.resize_inputs(2)
+            if segment.activation is None:
+                continue
+            padded = conv and segment.activation.constants().has_shift
+            source = node.inputs[0]
+            assert source is not None
+            if padded:
+                source = self._pad(source, node, name)
+            quantized = self._activation(source, segment.activation, name, node, 4 if conv else rank_of(source))
+            node.replace_input_with(0, quantized.value)
+            sums: ir.Value | None = None
+            if quantized.correction is not None:
+                total = dequantize_weight(codes, segment.weight).astype(np.float64)
+                total = total.reshape(total.shape[0], -1).sum(axis=1).astype(np.float32)
+                sums = self._builder.constant(total.reshape(-1, 1, 1) if conv else total, f"{name}/weight_sum")
+            self._after(node, [quantized], sums, bias, plan.name)
+
+    def _weight(self, name: str, node: ir.Node, codes: np.ndarray, qparams: WeightQuant, conv: bool) -> ir.Value:
+        original = node.inputs[1]
+        stored = codes if conv else np.ascontiguousarray(codes.T)
+        if original is None or original.shape is None or tuple(original.shape) != stored.shape:
+            shape = None if original is None else original.shape
+            raise LoweringError(f"insert_qdq: {name} has codes {stored.shape}, the graph's weight is {shape}")
+        axis = 0 if conv else 1
+        scale = self._builder.constant(np.asarray(qparams.scale), f"{name}/weight_scale")
+        if qparams.bits <= 4:
+            spread = [1] * stored.ndim
+            spread[axis] = -1
+            nominal = stored.astype(np.int64) + qparams.zero_point.reshape(spread)
+            weight = self._builder.constant(nominal.astype(ml_dtypes.uint4), f"{name}/weight_codes")
+            zero = self._builder.constant(qparams.zero_point.astype(ml_dtypes.uint4), f"{name}/weight_zero_point")
+        else:
+            weight = self._builder.constant(stored, f"{name}/weight_codes")
+            zero = self._builder.constant(np.zeros(len(qparams.scale), dtype=np.int8), f"{name}/weight_zero_point")
+        dequantize = self._builder.node(
+            "DequantizeLinear",
+            [weight, scale, zero],
+            f"{name}/weight_dequantized",
+            before=node,
+            attributes={"axis": axis},
+            like=original,
+        )
+        return dequantize.outputs[0]
+
+    def _pad(self, source: ir.Value, node: ir.Node, name: str) -> ir.Value:
+        """Pad with real zeros first: after a shift, zero is no longer code 0 and the operator may not pad."""
+        if node.attributes.get("auto_pad") and node.attributes["auto_pad"].as_string() not in ("NOTSET", ""):
+            raise LoweringError(f"insert_qdq: {name} uses auto_pad, which a shifted 8-bit activation cannot follow")
+        pads = list(node.attributes["pads"].as_ints()) if "pads" in node.attributes else [0, 0, 0, 0]
+        if not any(pads):
+            return source
+        key = ("pad", source, tuple(pads))
+        if key not in self._done:
+            amounts = self._builder.shape([0, 0, pads[0], pads[1], 0, 0, pads[2], pads[3]])
+            padded = self._builder.node("Pad", [source, amounts], f"{name}/padded", before=node, dtype=source.dtype)
+            self._done[key] = _Quantized(
+                padded.outputs[0], ActivationQuant.from_rows(8, [1.0], [0]).constants(), None, None
+            )
+        node.attributes["pads"] = ir.AttrInt64s("pads", [0, 0, 0, 0])
+        return self._done[key].value
+
+    # Activations
+
+    def _activation(
+        self, source: ir.Value, qparams: ActivationQuant, name: str, node: ir.Node, rank: int | None
+    ) -> _Quantized:
+        if rank is None:
+            raise LoweringError(f"insert_qdq: the rank of {source.name!r}, read by {name}, is unknown")
+        key = (
+            source, rank, qparams.bits, qparams.scale_ref, qparams.scale.tobytes(), qparams.zero_point.tobytes(),
+        )  # fmt: skip
+        if key in self._done:
+            return self._done[key]
+        builder, constants = self._builder, qparams.constants()
+        value = source
+
+        def step(op_type: str, table: np.ndarray, label: str) -> None:
+            nonlocal value
+            operand = self._column(table, f"{name}/{label}", rank)
+            value = builder.node(op_type, [value, operand], f"{name}/{label}ed", before=node, like=source).outputs[0]
+
+        if constants.has_rho:
+            step("Mul", constants.rho, "scal")
+        if constants.has_clip:
+            step("Max", constants.lo, "lo_clipp")
+            step("Min", constants.hi, "hi_clipp")
+        if constants.has_shift:
+            step("Add", constants.shift, "shift")
+        scale = builder.scalar(constants.scale_ref, f"{name}/scale")
+        zero = builder.constant(np.array(0, dtype=np.int8), "dmqexport/zero")
+        codes = builder.node(
+            "QuantizeLinear", [value, scale, zero], f"{name}/codes", before=node, like=source, dtype=ir.DataType.INT8
+        )
+        result = builder.node(
+            "DequantizeLinear", [codes.outputs[0], scale, zero], f"{name}/dequantized", before=node, like=source
+        )
+        self._done[key] = _Quantized(
+            result.outputs[0],
+            constants,
+            self._column(constants.inv_rho, f"{name}/inv_rho", rank) if constants.has_rho else None,
+            self._column(constants.correction, f"{name}/correction", rank) if constants.has_shift else None,
+        )
+        return self._done[key]
+
+    def _column(self, table: np.ndarray, name: str, rank: int) -> ir.Value:
+        """A per-row table [rows] gathered by timestep to [batch, 1, …], or a scalar when it does not vary."""
+        if bool(np.all(table == table[0])):
+            return self._builder.scalar(float(table[0]), name)
+        key = (table.tobytes(), rank)
+        if key not in self._columns:
+            row = self._row_index()
+            column = self._builder.constant(np.asarray(table), f"{name}/table")
+            gathered = self._builder.node("Gather", [column, row], f"{name}/row", before=self._first(row))
+            gathered.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            shape = self._builder.shape([-1] + [1] * (rank - 1))
+            reshaped = self._builder.node("Reshape", [gathered.outputs[0], shape], name, after=gathered)
+            reshaped.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            self._columns[key] = reshaped.outputs[0]
+        return self._columns[key]
+
+    def _row_index(self) -> ir.Value:
+        if self._row is None:
+            timestep = next((value for value in self._graph.inputs if value.name == TIMESTEP), None)
+            if timestep is None:
+                raise LoweringError(f"insert_qdq: the graph has no input {TIMESTEP!r} to index the table with")
+            table = self._builder.constant(np.asarray(self._plan.row_map), ROW_MAP)
+            node = self._builder.node(
+                "Gather", [table, timestep], ROW, before=next(iter(self._graph)), dtype=ir.DataType.INT64
+            )
+            self._row = node.outputs[0]
+        return self._row
+
+    def _first(self, row: ir.Value) -> ir.Node | None:
+        """The node after the row index: gathers go to the top, so that any later node may read them."""
+        producer = row.producer()
+        assert producer is not None
+        return next(node for node in self._graph if node is not producer)
+
+    # After the operator
+
+    def _after(
+        self, node: ir.Node, operands: list[_Quantized], sums: ir.Value | None, bias: np.ndarray | None, module: str
+    ) -> None:
+        """Append Mul(1/rho), the correction of a shifted first operand, and a bias that had to move."""
+        builder, output = self._builder, node.outputs[0]
+        last, previous = output, node
+
+        def append(op_type: str, operand: ir.Value, label: str) -> ir.Node:
+            nonlocal last, previous
+            previous = builder.node(op_type, [last, operand], f"{node.name}/{label}", after=previous, like=output)
+            last = previous.outputs[0]
+            return previous
+
+        added: list[ir.Node] = []
+        for position, operand in enumerate(operands):
+            if operand.inv_rho is not None:
+                added.append(append("Mul", operand.inv_rho, f"rescaled{position or ''}"))
+            if position == 0 and operand.correction is not None:
+                assert sums is not None
+                product = builder.node(
+                    "Mul", [operand.correction, sums], f"{node.name}/shift_sum", after=previous,
+                    dtype=ir.DataType.FLOAT,
+                )  # fmt: skip
+                previous = product
+                added.append(product)
+                added.append(append("Sub", product.outputs[0], "corrected"))
+        if bias is not None:
+            added.append(append("Add", builder.constant(bias.reshape(-1, 1, 1), f"{module}/bias"), "biased"))
+            tag(added[-1], module, Role.BIAS)
+        if added:
+            take_name(output, last, f"{node.name}/raw")
+            redirect(output, last, [reader for reader in added if output in reader.inputs])
+
+    # Attention
+
+    def attention(self, plan: AttentionQuant, nodes: AttentionNodes) -> None:
+        pairs = (
+            (nodes.query_key, plan.query, "query", plan.key, "key"),
+            (nodes.probability_value, plan.probability, "probability", plan.value, "value"),
+        )
+        for node, left, left_name, right, right_name in pairs:
+            assert node.inputs[0] is not None
+            assert node.inputs[1] is not None
+            first = self._activation(node.inputs[0], left, f"{plan.name}#{left_name}", node, 4)
+            second = self._activation(node.inputs[1], right, f"{plan.name}#{right_name}", node, 4)
+            if second.constants.has_shift:
+                raise LoweringError(f"insert_qdq: {plan.name}#{right_name} is shifted; only the first operand may be")
+            sums: ir.Value | None = None
+            if first.correction is not None:
+                axes = self._builder.shape([-2])
+                sums = self._builder.node(
+                    "ReduceSum", [second.value, axes], f"{plan.name}#{right_name}/sum", before=node,
+                    attributes={"keepdims": 1}, dtype=ir.DataType.FLOAT,
+                ).outputs[0]  # fmt: skip
+            node.replace_input_with(0, first.value)
+            node.replace_input_with(1, second.value)
+            self._after(node, [first, second], sums, None, plan.name)

@@ -1,0 +1,30 @@
+"""The two visible lists: float graph → canonical graph, canonical graph → target graph."""
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from dmqexport.quant_plan import QuantPlan, QuantWeights
+from passes.cleanup import GemmToMatMul, SimplifyKeyTranspose
+from passes.gather_timestep_scale import GatherTimestepScale
+from passes.insert_qdq import InsertQDQ
+from passes.keep_boundary_8bit import KeepBoundary8Bit
+from passes.split_concat import SplitConcat
+from passes.verify_qdq import VerifyQDQ
+
+
+def float_cleanup() -> ir.passes.Sequential:
+    """Simplifications that float and quantized graphs share, so that comparisons are fair."""
+    return ir.passes.Sequential(SimplifyKeyTranspose(), RemoveUnusedNodesPass())
+
+
+def canonical(plan: QuantPlan, weights: QuantWeights, narrow_boundary: frozenset[str]) -> ir.passes.Sequential:
+    """Float graph to the canonical quantized graph."""
+    return ir.passes.Sequential(
+        GemmToMatMul(),
+        SplitConcat(plan),
+        KeepBoundary8Bit(plan, narrow_boundary),
+        InsertQDQ(plan, weights),
+        GatherTimestepScale(),
+        RemoveUnusedNodesPass(),
+        VerifyQDQ(plan),
+    )

@@ -1,0 +1,77 @@
+"""Split a convolution over a concat into one convolution a half plus an Add, so that each half has its own range."""
+
+import numpy as np
+import onnx_ir as ir
+
+from dmqexport.errors import LoweringError
+from dmqexport.quant_plan import QuantPlan
+from passes.base import Builder, Role, constant_array, redirect, tag, take_name
+from passes.bind import bind
+
+
+class SplitConcat(ir.passes.InPlacePass):
+    """For every planned layer with several segments, Conv(Concat(a, b), W) becomes Conv(a, Wa) + Conv(b, Wb) + bias.
+
+    Two different scales meeting in a Concat drop TensorRT to half precision. Layers with one segment are not touched.
+    """
+
+    def __init__(self, plan: QuantPlan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place; raises LoweringError when a planned split does not fit the graph."""
+        bindings = bind(model, self._plan)
+        builder = Builder(model.graph)
+        modified = False
+        for layer in self._plan.layers:
+            nodes = bindings.layers[layer.name]
+            if len(layer.segments) == 1 or len(nodes.compute) == len(layer.segments):
+                continue
+            node = nodes.compute[0]
+            concat = node.inputs[0].producer() if node.inputs[0] is not None else None
+            weight = constant_array(node.inputs[1])
+            if (
+                concat is None
+                or concat.op_type != "Concat"
+                or weight is None
+                or len(concat.inputs) != len(layer.segments)
+            ):
+                raise LoweringError(
+                    f"split_concat: {layer.name} is planned in {len(layer.segments)} segments, "
+                    "but its input is not a Concat of as many tensors in the graph"
+                )
+            output = node.outputs[0]
+            attributes = {name: node.attributes[name].value for name in node.attributes}
+            total: ir.Value | None = None
+            for index, segment in enumerate(layer.segments):
+                part = builder.constant(
+                    np.ascontiguousarray(weight[:, segment.start : segment.stop]), f"{layer.name}/weight{index}"
+                )
+                conv = builder.node(
+                    "Conv",
+                    [concat.inputs[index], part],
+                    f"{layer.name}/Conv{index}",
+                    before=node,
+                    attributes=attributes,
+                    like=output,
+                )
+                tag(conv, layer.name, Role.COMPUTE, index)
+                if total is None:
+                    total = conv.outputs[0]
+                else:
+                    total = builder.node(
+                        "Add", [total, conv.outputs[0]], f"{layer.name}/sum{index}", before=node, like=output
+                    ).outputs[0]
+            assert total is not None
+            bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+            if bias is not None:
+                shaped = builder.constant(bias.reshape(-1, 1, 1), f"{layer.name}/bias")
+                add = builder.node("Add", [total, shaped], f"{layer.name}/Add", before=node, like=output)
+                tag(add, layer.name, Role.BIAS)
+                total = add.outputs[0]
+            take_name(output, total, f"{layer.name}/unsplit")
+            redirect(output, total, [])
+            model.graph.remove(node, safe=True)
+            modified = True
+        return ir.passes.PassResult(model, modified)

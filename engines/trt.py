@@ -1,0 +1,246 @@
+"""TensorRT and TensorRT-RTX: build engines in a child process, or hand the build to a machine with a GPU.
+
+One code path serves TensorRT 10 and 11 and TensorRT-RTX; the caller says which by `TrtFlavor`. TensorRT needs a GPU to
+build, TensorRT-RTX does not. The builder itself is driven by `engines.trt_standalone`.
+
+Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/ and .../tensorrt-rtx/latest/.
+"""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from dmqexport.errors import BackendMissingError, EngineError, ResourceError
+from engines import trt_standalone
+from engines.trt_standalone import BuildError, EngineLayer
+
+_log = logging.getLogger(__name__)
+
+FINISH_SCRIPT = "finish_on_gpu.py"
+
+
+class TrtFlavor(Enum):
+    """Which of the vendor's two builders; the value is the target's name in paths and recipes."""
+
+    TRT = "trt"
+    RTX = "trt-rtx"
+
+    @property
+    def module(self) -> str:
+        """Python package of the vendor."""
+        return "tensorrt" if self is TrtFlavor.TRT else "tensorrt_rtx"
+
+    @property
+    def package(self) -> str:
+        """What pip installs on a machine that only finishes a bundle."""
+        return "tensorrt" if self is TrtFlavor.TRT else "tensorrt-rtx-cu13"
+
+    @property
+    def extra(self) -> str:
+        """Extra of dmqexport that installs it."""
+        return "gpu" if self is TrtFlavor.TRT else "rtx"
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether building needs a GPU; running always does."""
+        return self is TrtFlavor.TRT
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """Extents of one dynamic input: smallest, the one tuned for, largest; static dimensions repeat theirs."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Raise EngineError unless the three have one rank and 1 <= min <= opt <= max everywhere."""
+        same_rank = len(self.min) == len(self.opt) == len(self.max)
+        if not same_rank or any(
+            not 1 <= low <= mid <= high for low, mid, high in zip(self.min, self.opt, self.max, strict=True)
+        ):
+            raise EngineError(
+                f"a shape range needs 1 <= min <= opt <= max everywhere, got {self.min}, {self.opt}, {self.max}",
+                hint="give three shapes of the input's rank",
+            )
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """A built engine: where it lies, what it cost, and the kernels it consists of."""
+
+    engine_path: Path
+    log_path: Path
+    flavor: TrtFlavor
+    version: str
+    size_bytes: int
+    seconds: float
+    peak_rss_bytes: int | None
+    layers: tuple[EngineLayer, ...]
+
+
+@dataclass(frozen=True)
+class FinishScript:
+    """The script left in a bundle for a GPU host: its path and the command that runs it there."""
+
+    path: Path
+    command: str
+
+
+def flavor_version(flavor: TrtFlavor) -> str | None:
+    """Return the installed version of the flavor's package, or None where it is missing or broken; never raises.
+
+    Takes up to a second: the package is imported in a child process, since a broken native library may abort.
+    """
+    try:
+        if importlib.util.find_spec(flavor.module) is None:
+            return None
+    except (ImportError, ValueError):
+        return None
+    return trt_standalone.vendor_version(flavor.module)
+
+
+def gpu_present() -> bool:
+    """Whether the NVIDIA driver is here and sees a GPU."""
+    return trt_standalone.gpu_arch() is not None
+
+
+def build_engine(
+    onnx_path: Path,
+    engine_path: Path,
+    *,
+    flavor: TrtFlavor,
+    profiles: Mapping[str, ShapeRange],
+    log_path: Path,
+    timeout_s: float | None = None,
+    max_ram_bytes: int | None = None,
+    workspace_bytes: int | None = None,
+) -> EngineBuild:
+    """Build `onnx_path` (external data beside it) to `engine_path`, in a child process, and list its layers.
+
+    The graph's own types and Q/DQ decide every precision. `profiles`: one range for each input with a dynamic
+    dimension. `log_path` receives the builder's verbose log. `max_ram_bytes` limits the child's resident memory
+    (watched on Linux), `workspace_bytes` the GPU scratch memory of a kernel.
+
+    Raises BackendMissingError where the flavor (or the GPU it needs) is missing, ResourceError where the memory limit
+    or the disk ends it, EngineError where the graph is refused, the builder dies or time runs out.
+    """
+    _require(flavor)
+    if not onnx_path.is_file():
+        raise EngineError(f"there is no ONNX graph at {onnx_path}", hint="export and lower the model first")
+    request = {
+        "module": flavor.module,
+        "onnx": str(onnx_path.resolve()),
+        "engine": str(engine_path.resolve()),
+        "profiles": _profiles_json(profiles),
+        "workspace_bytes": workspace_bytes,
+        "inspect": flavor.needs_gpu,
+    }
+    try:
+        result = trt_standalone.build_in_child(request, log_path, timeout_s=timeout_s, max_ram_bytes=max_ram_bytes)
+    except BuildError as failure:
+        raise _teach(failure, flavor, onnx_path) from failure
+    except OSError as error:
+        raise ResourceError(f"the build log {log_path} cannot be written: {error}") from error
+    layers = tuple(trt_standalone.layer_from_json(layer) for layer in result["layers"])
+    if not layers:
+        raise EngineError(
+            f"{flavor.module} {result['version']} built {engine_path} but listed no layers, so nothing can be proven",
+            hint=f"this version's log format is unknown to dmqexport; please report it with {log_path}",
+        )
+    _log.info("built %s with %s %s in %.1f s", engine_path, flavor.module, result["version"], result["seconds"])
+    return EngineBuild(
+        engine_path=engine_path,
+        log_path=log_path,
+        flavor=flavor,
+        version=result["version"],
+        size_bytes=result["size_bytes"],
+        seconds=result["seconds"],
+        peak_rss_bytes=result["peak_rss_bytes"],
+        layers=layers,
+    )
+
+
+def write_finish_script(
+    bundle: Path,
+    onnx_relpath: str,
+    *,
+    flavor: TrtFlavor,
+    profiles: Mapping[str, ShapeRange],
+    expected: Mapping[str, Sequence[str]],
+    engines_relpath: str = "engines",
+    workspace_bytes: int | None = None,
+) -> FinishScript:
+    """Write `finish_on_gpu.py` into `bundle`, for a machine with the GPU and the vendor's package and nothing else.
+
+    It builds `onnx_relpath` (relative to the bundle) with the settings of `build_engine`, proves every layer of
+    `expected` (see `engines.precision.prove_int8`) by the engine inspector, and writes
+    "<engines_relpath>/<flavor>-<arch>-<version>/engine.plan". Both relative paths use "/".
+
+    Raises EngineError for a path that leaves the bundle.
+    """
+    for relative in (onnx_relpath, engines_relpath):
+        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+            raise EngineError(f"{relative!r} leaves the bundle", hint="give paths relative to the bundle's folder")
+    request = {
+        "module": flavor.module,
+        "package": flavor.package,
+        "target": flavor.value,
+        "onnx": onnx_relpath,
+        "engines": engines_relpath,
+        "profiles": _profiles_json(profiles),
+        "workspace_bytes": workspace_bytes,
+        "expected": {name: list(nodes) for name, nodes in expected.items()},
+    }
+    source = Path(trt_standalone.__file__).read_text(encoding="utf-8")
+    blank = 'BUNDLE_REQUEST = ""\n'
+    assert source.count(blank) == 1, "trt_standalone.py must hold exactly one blank request"
+    # In a raw string JSON's backslashes stay; its only possible end, a quote, is spelled as an escape.
+    text = json.dumps(request, indent=1).replace("'", "\\u0027")
+    path = bundle / FINISH_SCRIPT
+    try:
+        path.write_text(source.replace(blank, f"BUNDLE_REQUEST = r'''{text}'''\n"), encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error}") from error
+    return FinishScript(path, f"python {FINISH_SCRIPT}")
+
+
+def _require(flavor: TrtFlavor) -> None:
+    """Raise BackendMissingError unless the flavor can build here."""
+    if importlib.util.find_spec(flavor.module) is None:
+        raise BackendMissingError(
+            f"the target {flavor.value!r} needs the Python package {flavor.module}, which is not installed",
+            hint=f"pip install 'dmqexport[{flavor.extra}]', or run the bundle's {FINISH_SCRIPT} on a GPU machine",
+        )
+    if flavor.needs_gpu and not gpu_present():
+        raise BackendMissingError(
+            f"{flavor.module} builds engines only where an NVIDIA GPU is, and none is visible here",
+            hint=f"run the bundle's {FINISH_SCRIPT} on the GPU machine, or build for {TrtFlavor.RTX.value!r} here",
+        )
+
+
+def _profiles_json(profiles: Mapping[str, ShapeRange]) -> dict[str, dict[str, list[int]]]:
+    return {name: {"min": list(r.min), "opt": list(r.opt), "max": list(r.max)} for name, r in profiles.items()}
+
+
+def _teach(
+    failure: BuildError, flavor: TrtFlavor, onnx_path: Path
+) -> EngineError | BackendMissingError | ResourceError:
+    where = f"{flavor.module} on {onnx_path}: {failure.message}"
+    if failure.kind == "backend":
+        return BackendMissingError(where, hint=f"pip install 'dmqexport[{flavor.extra}]' repairs the installation")
+    if failure.kind in ("memory", "io"):
+        return ResourceError(where, hint="free memory or disk, raise the limit, or build on a larger machine")
+    hints = {
+        "crash": "the builder crashes on run-time scales into a convolution, among others; "
+        "`polygraphy debug reduce` finds the smallest failing graph",
+        "timeout": "raise the time limit; a gigabyte of weights takes about 15 s on two cores",
+        "profile": "give one shape range for each input with a dynamic dimension, and no other",
+        "parse": "the graph has an operator, type or zero-point that this version does not accept",
+    }
+    return EngineError(where, hint=hints.get(failure.kind, "the errors before these lines are in the log"))

@@ -1,0 +1,487 @@
+"""Small denoisers whose layers cover every form of the canonical operator, random plans for them, and graph taps."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.probe import ProbeResult, probe
+from calib.quantizer import ActivationQuantizer, QuantizedAttention, QuantizedLayer, RowContext
+from dmqexport.onnx_export import export_float_graph
+from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_types import ActivationQuant, WeightQuant, quantize_weight
+from passes.pipelines import canonical, float_cleanup
+
+TIMESTEPS = 60
+#: Most codes that may differ where a sum that float rounding orders differently lands on a tie.
+ALLOWED_FLIPS = 1e-5
+#: Largest difference of a layer's output, relative to the largest absolute value.
+OUTPUT_TOLERANCE = 1e-5
+
+
+class DeepDenoiser(nn.Module):
+    """A UNet in miniature: every layer form behind others, odd sizes everywhere (packed 4-bit weights need padding)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_1 = nn.Linear(6, 9)
+        self.time_2 = nn.Linear(9, 9)
+        self.conv_in = nn.Conv2d(3, 7, 3, padding=1)
+        self.down = nn.Conv2d(7, 10, 3, stride=2, padding=1)
+        self.time_proj = nn.Linear(9, 10)
+        self.pointwise = nn.Conv2d(10, 10, 1, bias=False)
+        self.norm = nn.LayerNorm(10)
+        self.self_attention = SelfAttention(10, 2)
+        self.cross_attention = CrossAttention(10, 5, 2)
+        self.feed_1 = nn.Linear(10, 13)
+        self.feed_2 = nn.Linear(13, 10)
+        self.grouped = nn.Conv2d(10, 6, (3, 5), stride=(1, 2), padding=(1, 2), dilation=(1, 1), groups=2)
+        self.dilated = nn.Conv2d(6, 5, 3, padding=2, dilation=2)
+        self.skip_conv = nn.Conv2d(12, 6, 3, padding=1)
+        self.skip_shortcut = nn.Conv2d(12, 6, 1)
+        self.conv_out = nn.Conv2d(6, 3, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        time = self.time_2(F.silu(self.time_1(timestep_features(timestep))))
+        first = self.conv_in(sample)
+        hidden = self.down(F.silu(first)) + self.time_proj(F.silu(time))[:, :, None, None]
+        hidden = hidden + self.pointwise(F.silu(hidden))
+        batch, channels, height, width = hidden.shape
+        tokens = hidden.flatten(2).transpose(1, 2)
+        tokens = tokens + self.self_attention(self.norm(tokens))
+        tokens = tokens + self.cross_attention(self.norm(tokens), encoder_hidden_states)
+        tokens = tokens + self.feed_2(F.gelu(self.feed_1(self.norm(tokens))))
+        hidden = tokens.transpose(1, 2).reshape(batch, channels, height, width)
+        hidden = self.dilated(F.silu(self.grouped(hidden)))
+        hidden = F.interpolate(hidden, size=(8, 8), mode="nearest")
+        joined = torch.cat([hidden, first], dim=1)
+        hidden = F.silu(self.skip_conv(joined)) + self.skip_shortcut(joined)
+        return self.conv_out(F.silu(hidden))
+
+
+class ShallowDenoiser(nn.Module):
+    """Every layer reads the denoiser's inputs, so that no rounding of one layer can move the codes of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            [
+                nn.Conv2d(3, 5, 3, padding=1),
+                nn.Conv2d(3, 5, 1, bias=False),
+                nn.Conv2d(3, 4, 3, stride=2, padding=(0, 1)),
+                nn.Conv2d(3, 6, (1, 3), padding=(0, 2), dilation=(1, 2), groups=3),
+            ]
+        )
+        self.joined = nn.Conv2d(6, 3, 3, padding=1)
+        self.joined_unbiased = nn.Conv2d(6, 3, 1, bias=False)
+        self.flat = nn.Linear(6, 5)
+        self.flat_unbiased = nn.Linear(6, 3, bias=False)
+        self.tokens = nn.Linear(5, 7)
+        self.tokens_unbiased = nn.Linear(5, 3, bias=False)
+        self.attention = PlainAttention()
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        joined = torch.cat([sample, sample.abs()], dim=1)
+        features = timestep_features(timestep)
+        parts = [layer(sample) for layer in self.convolutions]
+        parts += [self.joined(joined), self.joined_unbiased(joined)]
+        parts += [self.flat(features), self.flat_unbiased(features)]
+        parts += [self.tokens(encoder_hidden_states), self.tokens_unbiased(encoder_hidden_states)]
+        parts += [self.attention(encoder_hidden_states)]
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+class PlainAttention(nn.Module):
+    """Two heads straight from the input."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        heads = torch.stack([tokens, tokens * 0.5 + 0.25], dim=1)
+        return F.scaled_dot_product_attention(heads, heads * 1.5, heads - 0.5)
+
+
+class SelfAttention(nn.Module):
+    """q, k, v read one tensor."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (split_heads(layer(tokens), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(query, key, value)))
+
+
+class CrossAttention(nn.Module):
+    """k and v read the text, which does not depend on the timestep."""
+
+    def __init__(self, channels: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context, channels, bias=False) for _ in range(2))
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        query = split_heads(self.to_q(tokens), self.heads)
+        key, value = (split_heads(layer(context), self.heads) for layer in (self.to_k, self.to_v))
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(query, key, value)))
+
+
+class Wrapped(nn.Module):
+    """What the exporter is given."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.denoiser(sample, timestep, encoder_hidden_states)
+        return output
+
+
+def timestep_features(timestep: Tensor) -> Tensor:
+    """float32 [batch, 6] that both runtimes compute to the same bits (no sine: its last bit is a library's choice)."""
+    scaled = timestep.to(torch.float32).unsqueeze(1) * torch.tensor([[0.5, 0.25, 0.125, -0.0625, 0.03125, 1.0]])
+    return scaled * 0.0625 - 1.0
+
+
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, channels] → [batch, heads, tokens, channels / heads]."""
+    batch, count, channels = tokens.shape
+    return tokens.view(batch, count, heads, channels // heads).transpose(1, 2)
+
+
+def merge_heads(heads: Tensor) -> Tensor:
+    """Undo `split_heads`."""
+    batch, count, tokens, channels = heads.shape
+    return heads.transpose(1, 2).reshape(batch, tokens, count * channels)
+
+
+def random_inputs(batch: int, seed: int) -> dict[str, Tensor]:
+    """Inputs of both small denoisers, timesteps mixed within the batch."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "sample": torch.randn((batch, 3, 8, 8), generator=generator),
+        "timestep": torch.randint(0, TIMESTEPS, (batch,), generator=generator),
+        "encoder_hidden_states": torch.randn((batch, 3, 5), generator=generator),
+    }
+
+
+@dataclass
+class Exported:
+    """A denoiser, what the probe found in it, the cleaned float graph on disk, and the ranges of its activations."""
+
+    denoiser: nn.Module
+    found: ProbeResult
+    graph: Path
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def export(denoiser: nn.Module, folder: Path, inputs: dict[str, Tensor]) -> Exported:
+    """Export once; plans are applied to copies read from disk."""
+    denoiser = denoiser.eval()
+    wrapped = Wrapped(denoiser)
+    raw = folder / "float_raw.onnx"
+    export_float_graph(wrapped, inputs, raw)
+    model = ir.load(raw)
+    float_cleanup()(model)
+    graph = folder / "float.onnx"
+    ir.save(model, graph)
+
+    def run(index: int) -> object:
+        changed = {**inputs, "sample": inputs["sample"] + index, "timestep": (inputs["timestep"] + index) % TIMESTEPS}
+        return denoiser(**changed)
+
+    return Exported(denoiser, probe(denoiser, run), graph)
+
+
+def observe_ranges(exported: Exported, inputs: dict[str, Tensor]) -> None:
+    """Fill `ranges` with the extremes of every layer segment's input."""
+    handles = []
+    for info in exported.found.layers:
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], info: object = info) -> None:
+            axis = 1 if isinstance(module, nn.Conv2d) else args[0].ndim - 1
+            for index, (start, stop) in enumerate(info.segments):  # type: ignore[attr-defined]
+                part = args[0].narrow(axis, start, stop - start)
+                exported.ranges[f"{info.name}#{index}"] = (  # type: ignore[attr-defined]
+                    float(part.min()), float(part.max()),
+                )  # fmt: skip
+
+        handles.append(exported.denoiser.get_submodule(info.name).register_forward_pre_hook(hook))
+    with torch.no_grad():
+        exported.denoiser(**inputs)
+    for handle in handles:
+        handle.remove()
+
+
+class PlanSampler:
+    """Draws plans: any bits, any zero_point, rows that are equal, differ in scale, or differ in both."""
+
+    def __init__(self, exported: Exported, seed: int, rows: int) -> None:
+        self.exported = exported
+        self.random = np.random.default_rng(seed)
+        self.rows = rows
+        self.row_map = self.random.integers(0, rows, TIMESTEPS)
+
+    def activation(self, bits: int, low: float, high: float, *, centered: bool = False) -> ActivationQuant:
+        """A quantizer of roughly [low, high]; `centered` keeps zero at the middle code."""
+        levels = 2**bits - 1
+        rows = int(self.random.choice([1, self.rows]))
+        span = max(high, 0.0) - min(low, 0.0) + 1e-3
+        scale = span / levels * self.random.uniform(0.4, 1.6, rows)
+        zero = np.clip(np.rint(-min(low, 0.0) / scale) + self.random.integers(-2, 3, rows), 0, levels)
+        form = self.random.integers(0, 4)
+        if form == 0:
+            zero = self.random.integers(0, levels + 1, rows)
+        elif form == 1:
+            scale = np.full(rows, scale[0])
+        elif form == 2:
+            zero = np.full(rows, zero[0])
+        if centered or (bits == 8 and self.random.random() < 0.3):
+            zero = np.full(rows, 2 ** (bits - 1))
+        if self.random.random() < 0.1:  # the reference may be any number, not only the mean
+            return ActivationQuant(bits, scale, zero, float(scale[0] * self.random.uniform(0.5, 2.0)))
+        return ActivationQuant.from_rows(bits, scale, zero)
+
+    def weight(self, bits: int, values: np.ndarray) -> WeightQuant:
+        """Per-channel quantizer of `values` [out, ...]."""
+        flat = values.reshape(values.shape[0], -1)
+        low, high = np.minimum(flat.min(axis=1), 0), np.maximum(flat.max(axis=1), 0)
+        scale = (high - low + 1e-3) / (2**bits - 1) * self.random.uniform(0.6, 1.4, len(flat))
+        zero = np.clip(np.rint(-low / scale) + self.random.integers(-1, 2, len(flat)), 0, 2**bits - 1)
+        return WeightQuant(bits, scale, np.full(len(flat), 128) if bits == 8 else zero)
+
+    def plan(
+        self, weights: Path, *, bits: tuple[int, int | None] | None = None, attention_bits: int | None = None
+    ) -> QuantPlan:
+        """Draw a plan and write its weight codes; `bits` (weight, activation) fixes what is drawn a layer otherwise."""
+        layers: list[LayerQuant] = []
+        float_layers: dict[str, str] = {}
+        codes: dict[str, np.ndarray] = {}
+        shared: dict[tuple[str, int, int], ActivationQuant] = {}
+        for info in self.exported.found.layers:
+            if bits is None and self.random.random() < 0.1:
+                float_layers[info.name] = "drawn to stay in float"
+                continue
+            weight = self.exported.denoiser.get_submodule(info.name).get_parameter("weight").detach().numpy()
+            weight_bits = bits[0] if bits else int(self.random.integers(2, 9))
+            drawn = int(self.random.integers(1, 9))
+            activation_bits = bits[1] if bits else (None if drawn == 1 else drawn)
+            # A planner may keep a concat whole; the graph then keeps its Concat.
+            spans = info.segments if self.random.random() < 0.8 else ((0, info.segments[-1][1]),)
+            segments = []
+            for index, (start, stop) in enumerate(spans):
+                part = weight if len(spans) == 1 else weight[:, start:stop]
+                qparams = self.weight(weight_bits, part)
+                codes[f"{info.name}#{index}"] = quantize_weight(part, qparams)
+                activation: ActivationQuant | None = None
+                if activation_bits is not None:
+                    key = (info.source, index, activation_bits)
+                    low, high = self.exported.ranges.get(f"{info.name}#{index}", (-1.0, 1.0))
+                    if key not in shared or self.random.random() < 0.3:
+                        shared[key] = self.activation(activation_bits, low, high)
+                    activation = shared[key]
+                segments.append(Segment(start, stop, qparams, activation))
+            layers.append(LayerQuant(info.name, info.op, tuple(segments), weight.size))
+        QuantWeights.save(weights, codes)
+        attentions = () if attention_bits is None else tuple(self._attentions(attention_bits))
+        return QuantPlan("random", "random", self.row_map, self.rows, tuple(layers), attentions, float_layers)
+
+    def _attentions(self, bits: int) -> list[AttentionQuant]:
+        return [
+            AttentionQuant(
+                name,
+                query=self.activation(bits, -2.0, 2.0),
+                key=self.activation(bits, -2.0, 2.0, centered=bits == 8),
+                probability=self.activation(8, 0.0, 1.0),
+                value=self.activation(bits, -1.0, 1.0, centered=bits == 8),
+            )
+            for name in self.exported.found.attentions
+        ]
+
+
+def canonical_graph(exported: Exported, plan: QuantPlan, weights: Path) -> ir.Model:
+    """The graph that deployment starts from."""
+    model = ir.load(exported.graph)
+    canonical(plan, QuantWeights(weights), frozenset(layer.name for layer in plan.layers))(model)
+    return model
+
+
+def run_graph(model: ir.Model, inputs: dict[str, Tensor], extra: list[ir.Value]) -> dict[str, np.ndarray]:
+    """Run with onnxruntime, all optimizations off; `extra` values are returned too, by name."""
+    known = {value.name for value in model.graph.outputs}
+    model.graph.outputs.extend(value for value in dict.fromkeys(extra) if value.name not in known)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(
+        ir.serde.serialize_model(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    wanted = {item.name for item in session.get_inputs()}
+    names = [item.name for item in session.get_outputs()]
+    feeds = {name: value.numpy() for name, value in inputs.items() if name in wanted}
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where one quantizer sits in the graph: the float tensor before any padding, the one after it, and the codes."""
+
+    source: ir.Value
+    padded: ir.Value
+    codes: ir.Value
+
+
+def tap(compute: ir.Node, operand: int = 0) -> Tap | None:
+    """Walk from an operator's input up its quantizer chain; None when the input is float."""
+    value = compute.inputs[operand]
+    assert value is not None
+    dequantize = value.producer()
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return None
+    codes = dequantize.inputs[0]
+    assert codes is not None
+    quantize = codes.producer()
+    assert quantize is not None
+    assert quantize.op_type == "QuantizeLinear"
+    owner = str(codes.name).removesuffix("/codes")
+    assert str(codes.name) == f"{owner}/codes"
+
+    def above(value: ir.Value, labels: tuple[str, ...]) -> ir.Value:
+        while (node := value.producer()) is not None and str(node.name).startswith(f"{owner}/"):
+            if str(node.name).removeprefix(f"{owner}/") not in labels:
+                break
+            assert node.inputs[0] is not None
+            value = node.inputs[0]
+        return value
+
+    assert quantize.inputs[0] is not None
+    padded = above(quantize.inputs[0], ("scaled", "lo_clipped", "hi_clipped", "shifted"))
+    producer = padded.producer()
+    source = padded
+    if producer is not None and producer.op_type == "Pad":
+        assert producer.inputs[0] is not None
+        source = producer.inputs[0]
+    return Tap(source, padded, codes)
+
+
+def quantizer_taps(model: ir.Model, plan: QuantPlan) -> dict[str, Tap]:
+    """The taps of every quantizer by its name in the plan; a layer with float activations has its input three times."""
+    computes: dict[tuple[str, int], ir.Node] = {}
+    matmuls: dict[tuple[str, str], ir.Node] = {}
+    for node in model.graph:
+        module, role = node.metadata_props.get("dmqexport.module"), node.metadata_props.get("dmqexport.role")
+        if module is not None and role == "compute":
+            computes[module, int(node.metadata_props.get("dmqexport.segment", "0"))] = node
+        elif module is not None and role in ("query_key", "probability_value"):
+            matmuls[module, role] = node
+    taps: dict[str, Tap] = {}
+    for layer in plan.layers:
+        for index, segment in enumerate(layer.segments):
+            found = tap(computes[layer.name, index])
+            assert (found is not None) == (segment.activation is not None)
+            if found is None:
+                source = computes[layer.name, index].inputs[0]
+                assert source is not None
+                found = Tap(source, source, source)
+            taps[f"{layer.name}#{index}"] = found
+    for attention in plan.attentions:
+        for role, operands in (("query_key", ("query", "key")), ("probability_value", ("probability", "value"))):
+            for position, operand in enumerate(operands):
+                found = tap(matmuls[attention.name, role], position)
+                assert found is not None
+                taps[f"{attention.name}#{operand}"] = found
+    return taps
+
+
+@dataclass
+class Agreement:
+    """What teacher forcing found. flips: codes that differ; worst_flip: by how many steps; worst_output: relative."""
+
+    codes: int = 0
+    flips: int = 0
+    worst_flip: int = 0
+    quantizers: int = 0
+    outputs: dict[str, float] = field(default_factory=dict)
+
+    def add_codes(self, simulated: Tensor, deployed: np.ndarray) -> None:
+        """Compare the codes of one quantizer."""
+        assert tuple(simulated.shape) == deployed.shape
+        difference = np.abs(simulated.numpy().astype(np.int32) - deployed.astype(np.int32))
+        self.codes += difference.size
+        self.flips += int(np.count_nonzero(difference))
+        self.worst_flip = max(self.worst_flip, int(difference.max(initial=0)))
+        self.quantizers += 1
+
+    def add_output(self, name: str, simulated: Tensor, deployed: np.ndarray) -> None:
+        """Compare the output of one operator."""
+        assert tuple(simulated.shape) == deployed.shape, name
+        self.outputs[name] = relative_difference(simulated.numpy(), deployed)
+
+
+def relative_difference(simulated: np.ndarray, deployed: np.ndarray) -> float:
+    """Largest absolute difference over the largest absolute value."""
+    return float(np.abs(simulated - deployed).max() / max(float(np.abs(simulated).max()), 1e-12))
+
+
+def teacher_forced(
+    exported: Exported, plan: QuantPlan, weights: Path, inputs: dict[str, Tensor]
+) -> tuple[Agreement, dict[str, np.ndarray]]:
+    """Give each simulated quantizer and layer the tensor that the graph's own one reads, and compare what they make."""
+    model = canonical_graph(exported, plan, weights)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    final = model.graph.outputs[0]
+
+    def result_of(layer: str) -> ir.Value:
+        return values.get(f"{layer}/output", final)
+
+    taps = quantizer_taps(model, plan)
+    wanted = [result_of(layer.name) for layer in plan.layers]
+    for attention in plan.attentions:
+        wanted += [values[f"{attention.name}/scores"], values[f"{attention.name}/output"]]
+    for item in taps.values():
+        wanted += [item.source, item.padded, item.codes]
+    graph_inputs = {value.name for value in model.graph.inputs}
+    results = run_graph(model, inputs, [value for value in wanted if value.name not in graph_inputs])
+    results.update({name: value.numpy() for name, value in inputs.items()})
+
+    agreement = Agreement()
+    context = RowContext(torch.from_numpy(plan.row_map.copy()))
+    context.set_timestep(inputs["timestep"], inputs["timestep"].shape[0])
+
+    def tensor(value: ir.Value) -> Tensor:
+        return torch.from_numpy(results[str(value.name)])
+
+    def compare_codes(name: str, quantizer: ActivationQuantizer) -> None:
+        context.codes = {}
+        quantizer(tensor(taps[name].padded))
+        agreement.add_codes(context.codes[quantizer.name], results[str(taps[name].codes.name)])
+        context.codes = None
+
+    with torch.no_grad():
+        for name, activation in plan.activations():
+            compare_codes(name, ActivationQuantizer(name, activation, context))
+        for layer in plan.layers:
+            base = exported.denoiser.get_submodule(layer.name)
+            assert isinstance(base, (nn.Conv2d, nn.Linear))
+            quantized = QuantizedLayer(base, layer, QuantWeights(weights), context)
+            axis = 1 if isinstance(base, nn.Conv2d) else -1
+            parts = [tensor(taps[f"{layer.name}#{index}"].source) for index in range(len(layer.segments))]
+            output = result_of(layer.name)
+            agreement.add_output(layer.name, quantized(torch.cat(parts, dim=axis)), results[str(output.name)])
+        for attention in plan.attentions:
+            pair = QuantizedAttention(attention, context)
+            for left, right, suffix in (("query", "key", "scores"), ("probability", "value", "output")):
+                operands = [tensor(taps[f"{attention.name}#{operand}"].source) for operand in (left, right)]
+                simulated = pair._matmul(left, operands[0], right, operands[1])
+                name = f"{attention.name}/{suffix}"
+                agreement.add_output(name, simulated, results[name])
+    return agreement, results

@@ -1,0 +1,269 @@
+"""The contract on disk: what is saved is what is loaded, and anything else is refused."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmqexport.errors import BundleError
+from dmqexport.quant_plan import (
+    PLAN_ARRAYS,
+    PLAN_JSON,
+    Allocation,
+    AttentionQuant,
+    LayerOp,
+    LayerQuant,
+    QuantPlan,
+    QuantWeights,
+    Segment,
+)
+from dmqexport.quant_types import ActivationQuant, WeightQuant
+
+
+def random_activation(random: np.random.Generator, rows: int, bits: int | None = None) -> ActivationQuant:
+    width = int(random.integers(2, 9)) if bits is None else bits
+    count = int(random.choice([1, rows]))
+    return ActivationQuant.from_rows(width, np.exp(random.uniform(-8, 2, count)), random.integers(0, 2**width, count))
+
+
+def random_plan(seed: int) -> QuantPlan:
+    """A plan with every feature a plan can have."""
+    random = np.random.default_rng(seed)
+    rows = int(random.integers(1, 51))
+    layers = []
+    for number in range(int(random.integers(1, 5))):
+        bits = int(random.integers(2, 9))
+        channels = int(random.integers(1, 6))
+        edges = [0, 3, 8][: int(random.integers(2, 4))]
+        segments = tuple(
+            Segment(
+                start,
+                stop,
+                WeightQuant(
+                    bits,
+                    np.exp(random.uniform(-8, 2, channels)),
+                    np.full(channels, 128) if bits == 8 else random.integers(0, 2**bits, channels),
+                ),
+                None if number == 1 else random_activation(random, rows),
+            )
+            for start, stop in pairwise(edges)
+        )
+        op = LayerOp.CONV if number % 2 else LayerOp.LINEAR
+        layers.append(LayerQuant(f"down.{number}.layer", op, segments, channels * 8, "a reason – with a dash"))
+    operands = {name: random_activation(random, rows, 8) for name in ("query", "key", "probability", "value")}
+    return QuantPlan(
+        model_fingerprint="ab" * 32,
+        bits="w4a4",
+        row_map=random.integers(0, rows, 1000),
+        rows=rows,
+        layers=tuple(layers),
+        attentions=(AttentionQuant("mid.attn", **operands),) if random.random() < 0.5 else (),
+        float_layers={"emb": "embedding lookup", "other": ""},
+        allocation=Allocation("uniform", "w4a4", float(random.uniform(2, 8)), None, {"note": "x", "list": [1, 2.5]}),
+    )
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(deadline=None, derandomize=True, max_examples=30)
+def test_save_and_load_round_trip(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    folder = tmp_path_factory.mktemp("plan")
+    plan = random_plan(seed)
+    plan.save(folder)
+    loaded = QuantPlan.load(folder)
+    assert loaded.fingerprint == plan.fingerprint
+    assert [layer.name for layer in loaded.layers] == [layer.name for layer in plan.layers]
+    for (name, left), (loaded_name, right) in zip(plan.activations(), loaded.activations(), strict=True):
+        assert name == loaded_name
+        assert left.same_as(right)
+    for left, right in zip(plan.layers, loaded.layers, strict=True):
+        assert (left.op, left.parameters, left.reason) == (right.op, right.parameters, right.reason)
+        assert (left.weight_bits, left.activation_bits) == (right.weight_bits, right.activation_bits)
+        for one, other in zip(left.segments, right.segments, strict=True):
+            assert (one.start, one.stop) == (other.start, other.stop)
+            np.testing.assert_array_equal(one.weight.scale, other.weight.scale)
+            np.testing.assert_array_equal(one.weight.zero_point, other.weight.zero_point)
+    np.testing.assert_array_equal(loaded.row_map, plan.row_map)
+    assert loaded.float_layers == plan.float_layers
+    assert loaded.allocation == plan.allocation
+    assert not loaded.row_map.flags.writeable
+    # The same plan gives the same bytes: stages can be cached by content.
+    again = tmp_path_factory.mktemp("again")
+    loaded.save(again)
+    for file in (PLAN_JSON, PLAN_ARRAYS):
+        assert (again / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_fingerprint_sees_every_part() -> None:
+    plan = random_plan(3)
+    layer = plan.layers[0]
+    segment = layer.segments[0]
+    assert segment.activation is not None
+    nudged = np.nextafter(segment.activation.scale, np.float32(np.inf))
+    activation = ActivationQuant(
+        segment.activation.bits, nudged, segment.activation.zero_point, segment.activation.scale_ref
+    )
+    weight = WeightQuant(
+        segment.weight.bits, np.nextafter(segment.weight.scale, np.float32(0)), segment.weight.zero_point
+    )
+
+    def with_segment(changed: Segment) -> QuantPlan:
+        return replace(plan, layers=(replace(layer, segments=(changed, *layer.segments[1:])), *plan.layers[1:]))
+
+    row_map = plan.row_map.copy()
+    row_map[7] = (row_map[7] + 1) % plan.rows
+    variants = [
+        with_segment(replace(segment, activation=activation)),
+        with_segment(replace(segment, weight=weight)),
+        replace(plan, row_map=row_map),
+        replace(plan, model_fingerprint="cd" * 32),
+        replace(plan, bits="w8a8"),
+        replace(plan, float_layers={"emb": "another reason"}),
+        replace(plan, layers=plan.layers[:-1]),
+    ]
+    fingerprints = {variant.fingerprint for variant in variants} | {plan.fingerprint}
+    assert len(fingerprints) == len(variants) + 1
+
+
+@pytest.mark.parametrize("file", [PLAN_JSON, PLAN_ARRAYS])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
+def test_damaged_files_are_refused(tmp_path: Path, file: str, damage: str) -> None:
+    random_plan(1).save(tmp_path)
+    path = tmp_path / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "garbage": b"\xff" * 200}[damage])
+    with pytest.raises(BundleError, match=r"quantization plan cannot be read") as caught:
+        QuantPlan.load(tmp_path)
+    assert caught.value.__cause__ is not None
+
+
+@given(st.integers(0, 10_000))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_a_plan_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, position: int) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    random_plan(2).save(folder)
+    for file in (PLAN_JSON, PLAN_ARRAYS):
+        path = folder / file
+        content = path.read_bytes()
+        path.write_bytes(content[: position % (len(content) - 2)])
+        with pytest.raises(BundleError):
+            QuantPlan.load(folder)
+        path.write_bytes(content)
+
+
+def test_another_schema_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    random_plan(1).save(tmp_path)
+    document = json.loads((tmp_path / PLAN_JSON).read_text(encoding="utf-8"))
+    document["schema_version"] = 99
+    (tmp_path / PLAN_JSON).write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BundleError, match="schema 99, this version reads 1") as caught:
+        QuantPlan.load(tmp_path)
+    assert caught.value.hint is not None
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"text"', "{}"])
+def test_json_that_is_no_plan_is_refused(tmp_path: Path, content: str) -> None:
+    random_plan(1).save(tmp_path)
+    (tmp_path / PLAN_JSON).write_text(content, encoding="utf-8")
+    with pytest.raises(BundleError):
+        QuantPlan.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rows", 0), ("layers", [{}]), ("attentions", None), ("allocation", {}), ("layers", [{"name": "x"}])],
+)
+def test_json_that_lies_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    random_plan(1).save(tmp_path)
+    document = json.loads((tmp_path / PLAN_JSON).read_text(encoding="utf-8"))
+    document[key] = value
+    (tmp_path / PLAN_JSON).write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BundleError):
+        QuantPlan.load(tmp_path)
+
+
+def test_impossible_plans_are_refused() -> None:
+    plan = random_plan(4)
+    with pytest.raises(ValueError, match="non-empty vector"):
+        replace(plan, row_map=np.zeros(0))
+    with pytest.raises(ValueError, match="names rows outside"):
+        replace(plan, row_map=np.array([0, plan.rows]))
+    with pytest.raises(ValueError, match="names rows outside"):
+        replace(plan, row_map=np.array([-1, 0]))
+    with pytest.raises(ValueError, match="listed twice"):
+        replace(plan, layers=(plan.layers[0], plan.layers[0]))
+    weight = WeightQuant(4, [1.0], [0])
+    two_rows = ActivationQuant.from_rows(4, [1.0, 2.0], [0, 0])
+    layer = LayerQuant("a", LayerOp.LINEAR, (Segment(0, 4, weight, two_rows),), 4)
+    with pytest.raises(ValueError, match="a#0: 2 rows, the table has 3"):
+        QuantPlan("", "", np.array([0, 1, 2]), 3, (layer,))
+    with pytest.raises(ValueError, match="start at channel 0"):
+        LayerQuant("a", LayerOp.LINEAR, (), 4)
+    with pytest.raises(ValueError, match="start at channel 0"):
+        LayerQuant("a", LayerOp.LINEAR, (Segment(1, 4, weight, None),), 4)
+    with pytest.raises(ValueError, match="gap at channel 2"):
+        LayerQuant("a", LayerOp.LINEAR, (Segment(0, 2, weight, None), Segment(3, 4, weight, None)), 4)
+
+
+def test_segments_of_one_layer_share_their_weight_bits() -> None:
+    """The file keeps one width a layer: a plan that holds two must not be saved as if it held one."""
+    segments = (Segment(0, 2, WeightQuant(4, [1.0], [3]), None), Segment(2, 4, WeightQuant(6, [1.0], [3]), None))
+    with pytest.raises(ValueError, match="weight bits"):
+        LayerQuant("a", LayerOp.CONV, segments, 4)
+
+
+def test_layer_is_found_by_name() -> None:
+    plan = random_plan(5)
+    assert plan.layer(plan.layers[-1].name) is plan.layers[-1]
+    with pytest.raises(KeyError):
+        plan.layer("nowhere")
+
+
+def test_row_ranges_tell_the_timesteps_of_every_row_in_use() -> None:
+    plan = QuantPlan("", "", np.array([2, 2, 0, 0, 2]), 3, ())
+    assert plan.row_ranges() == [(0, 2, 3), (2, 0, 4)]
+
+
+def test_weight_codes_round_trip(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    codes = {
+        "a.b#0": random.integers(-128, 128, (3, 5, 3, 3)).astype(np.int8),
+        "a.b#1": random.integers(-8, 8, (3, 2, 3, 3)).astype(np.int8).transpose(0, 1, 3, 2),
+    }
+    QuantWeights.save(tmp_path / "codes", codes)
+    loaded = QuantWeights(tmp_path / "codes")
+    for index in (0, 1):
+        np.testing.assert_array_equal(loaded.codes("a.b", index), codes[f"a.b#{index}"])
+    assert "a.b#1" in loaded
+    assert "a.b#2" not in loaded
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x00" * 7, b"\xff" * 100])
+def test_unreadable_weight_codes_are_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "codes"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BundleError, match="weight codes cannot be read"):
+        QuantWeights(path)
+
+
+def test_truncated_weight_codes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "codes"
+    QuantWeights.save(path, {"a#0": np.zeros((8, 8), dtype=np.int8)})
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BundleError, match="weight codes cannot be read"):
+        QuantWeights(path)
+
+
+def test_codes_of_a_layer_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "codes"
+    QuantWeights.save(path, {"a#0": np.zeros((2, 2), dtype=np.int8)})
+    with pytest.raises(BundleError, match="b#0"):
+        QuantWeights(path).codes("b", 0)

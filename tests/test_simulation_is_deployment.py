@@ -1,0 +1,179 @@
+"""The promise of this project: the integers that calibration simulates are the integers that the graph computes."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation_fixture import (
+    ALLOWED_FLIPS,
+    OUTPUT_TOLERANCE,
+    Agreement,
+    DeepDenoiser,
+    Exported,
+    PlanSampler,
+    ShallowDenoiser,
+    canonical_graph,
+    export,
+    observe_ranges,
+    quantizer_taps,
+    random_inputs,
+    relative_difference,
+    run_graph,
+    teacher_forced,
+)
+
+from calib.quantizer import simulate
+from dmqexport.quant_plan import QuantWeights
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _exported(module: type[torch.nn.Module], folder: Path) -> Exported:
+    torch.manual_seed(5)
+    exported = export(module(), folder, random_inputs(3, seed=1))
+    observe_ranges(exported, random_inputs(8, seed=2))
+    return exported
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return _exported(DeepDenoiser, tmp_path_factory.mktemp("deep"))
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return _exported(ShallowDenoiser, tmp_path_factory.mktemp("shallow"))
+
+
+def check(agreement: Agreement) -> None:
+    """Codes equal everywhere but at ties, and there one step apart; outputs equal to float rounding."""
+    assert agreement.codes > 0
+    assert agreement.flips <= ALLOWED_FLIPS * agreement.codes, agreement
+    assert agreement.worst_flip <= 1
+    check_outputs(agreement)
+
+
+def check_outputs(agreement: Agreement) -> None:
+    assert agreement.outputs
+    far = {name: value for name, value in agreement.outputs.items() if value > OUTPUT_TOLERANCE}
+    assert not far
+
+
+ROWS = (1, 2, 10, 50)
+ATTENTION_BITS = (None, 8, 6, 4)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_plans_teacher_forced(deep: Exported, tmp_path: Path, seed: int) -> None:
+    """Each layer has its own widths, rows and zero_points; every quantizer and operator is compared on its own."""
+    sampler = PlanSampler(deep, seed, ROWS[seed % 4])
+    plan = sampler.plan(tmp_path / "codes", attention_bits=ATTENTION_BITS[seed // 4 % 4])
+    agreement, _ = teacher_forced(deep, plan, tmp_path / "codes", random_inputs(1 + seed % 5, seed))
+    assert agreement.quantizers == len(plan.activations())
+    check(agreement)
+
+
+@pytest.mark.parametrize("activation_bits", [*range(2, 9), None])
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+def test_every_pair_of_widths_teacher_forced(
+    shallow: Exported, tmp_path: Path, weight_bits: int, activation_bits: int | None
+) -> None:
+    sampler = PlanSampler(shallow, 100 * weight_bits + (activation_bits or 0), 5)
+    plan = sampler.plan(tmp_path / "codes", bits=(weight_bits, activation_bits), attention_bits=activation_bits)
+    agreement, _ = teacher_forced(shallow, plan, tmp_path / "codes", random_inputs(4, weight_bits))
+    assert agreement.quantizers == len(plan.activations())
+    check(agreement) if plan.activations() else check_outputs(agreement)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 50),
+    batch=st.integers(1, 6),
+    attention_bits=st.sampled_from([None, *range(2, 9)]),
+)
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_end_to_end(
+    shallow: Exported,
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    rows: int,
+    batch: int,
+    attention_bits: int | None,
+) -> None:
+    """The whole simulated model against the whole graph, on a model where no layer feeds another."""
+    codes = tmp_path_factory.getbasetemp() / "end_to_end_codes"
+    plan = PlanSampler(shallow, seed, rows).plan(codes, attention_bits=attention_bits)
+    inputs = random_inputs(batch, seed % 2**31)
+    model = canonical_graph(shallow, plan, codes)
+    taps = quantizer_taps(model, plan)
+    results = run_graph(model, inputs, [item.codes for item in taps.values()])
+    with torch.no_grad(), simulate(shallow.denoiser, plan, QuantWeights(codes)) as context:
+        context.codes = {}
+        simulated = shallow.denoiser(**inputs)
+    agreement = Agreement()
+    for name, _ in plan.activations():
+        agreement.add_codes(context.codes[name], results[str(taps[name].codes.name)])
+    # Only an attention's probabilities depend on a sum; whoever flips one there must still be one step off.
+    assert agreement.flips <= ALLOWED_FLIPS * agreement.codes + (attention_bits is not None)
+    assert agreement.worst_flip <= 1
+    if agreement.flips == 0:
+        assert relative_difference(simulated.numpy(), results["out_sample"]) < OUTPUT_TOLERANCE
+
+
+def test_the_random_plans_cover_every_form(deep: Exported, tmp_path: Path) -> None:
+    """The comparisons above would prove nothing about a form that no plan draws."""
+    operators: Counter[str] = Counter()
+    for seed in range(24):
+        sampler = PlanSampler(deep, seed, ROWS[seed % 4])
+        plan = sampler.plan(tmp_path / "codes", attention_bits=ATTENTION_BITS[seed // 4 % 4])
+        operators.update(node.op_type for node in canonical_graph(deep, plan, tmp_path / "codes").graph)
+        for name, activation in plan.activations():
+            constants = activation.constants()
+            operators["shared rows" if activation.rows == 1 else "own rows"] += 1
+            operators["shifted attention" if constants.has_shift and "attention" in name else "other"] += 1
+            operators["scale varies"] += constants.has_rho
+            operators["only zero_point varies"] += activation.rows > 1 and not constants.has_rho
+        operators["weight only"] += sum(layer.activation_bits is None for layer in plan.layers)
+        operators["split"] += sum(len(layer.segments) > 1 for layer in plan.layers)
+        operators["whole concat"] += any(
+            layer.name.startswith("skip_") and len(layer.segments) == 1 for layer in plan.layers
+        )
+        operators["float layer"] += len(plan.float_layers)
+    for form in ("Pad", "ReduceSum", "Max", "Min", "Split", "Sub", "Gather", "shared rows", "own rows",
+                 "shifted attention", "scale varies", "only zero_point varies", "weight only", "split",
+                 "whole concat", "float layer"):  # fmt: skip
+        assert operators[form] >= 3, form
+
+
+def test_codes_are_not_all_saturated(deep: Exported, tmp_path: Path) -> None:
+    """Codes that are all at an end would agree whatever the arithmetic between the ends."""
+    plan = PlanSampler(deep, 3, 10).plan(tmp_path / "codes", bits=(4, 4))
+    with torch.no_grad(), simulate(deep.denoiser, plan, QuantWeights(tmp_path / "codes")) as context:
+        context.codes = {}
+        deep.denoiser(**random_inputs(8, 3))
+    for name, activation in plan.activations():
+        codes = context.codes[name]
+        assert len(codes.unique()) > 4, (name, activation.bits)
+        assert int(codes.min()) >= -15
+        assert int(codes.max()) <= 15
+
+
+def test_a_batch_of_mixed_timesteps_is_the_samples_one_by_one(shallow: Exported, tmp_path: Path) -> None:
+    plan = PlanSampler(shallow, 7, 10).plan(tmp_path / "codes", attention_bits=8)
+    inputs = random_inputs(4, 7)
+    model = canonical_graph(shallow, plan, tmp_path / "codes")
+    together = run_graph(model, inputs, [])["out_sample"]
+    assert len(set(plan.row_map[inputs["timestep"].numpy()])) > 1
+    for index in range(4):
+        alone = run_graph(model, {name: value[index : index + 1] for name, value in inputs.items()}, [])["out_sample"]
+        assert relative_difference(together[index : index + 1], alone) < OUTPUT_TOLERANCE

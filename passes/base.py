@@ -65,19 +65,20 @@ class Builder:
         self.graph = graph
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
-    def constant(self, array: np.ndarray[Any, Any], name: str, *, dtype: ir.DataType | None = None) -> ir.Value:
-        """Return an initializer holding `array`; small equal ones are shared (whatever their name)."""
-        key = (str(dtype or array.dtype), array.shape, array.tobytes())
-        if array.nbytes <= 64 and key in self._constants:
+    def constant(self, array: np.ndarray[Any, Any], name: str, *, share: bool = True) -> ir.Value:
+        """Return an initializer holding `array`; small equal ones are one (whatever their name) unless told not to."""
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if share and array.nbytes <= 64 and key in self._constants:
             return self._constants[key]
         unique, count = name, 1
         while unique in self.graph.initializers:
             count += 1
             unique = f"{name}.{count}"
-        tensor = ir.tensor(array, dtype=dtype, name=unique)
+        tensor = ir.tensor(array, name=unique)
         value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
-        self._constants[key] = value
+        if share:
+            self._constants[key] = value
         return value
 
     def scalar(self, number: float, name: str) -> ir.Value:

@@ -8,7 +8,8 @@ from dmqexport.errors import BindingError
 from dmqexport.quant_plan import LayerOp, QuantPlan
 from passes.base import Role, constant_array, module_of, role_of, segment_of
 
-_OPS = {LayerOp.CONV: ("Conv",), LayerOp.LINEAR: ("MatMul", "Gemm")}
+_LOWERED = ("MatMulIntegerToFloat", "ConvInteger")
+_OPS = {LayerOp.CONV: ("Conv", *_LOWERED), LayerOp.LINEAR: ("MatMul", "Gemm", *_LOWERED)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,8 @@ from passes.cleanup import GemmToMatMul, SimplifyKeyTranspose
 from passes.gather_timestep_scale import GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
 from passes.keep_boundary_8bit import KeepBoundary8Bit
+from passes.lower.ort_cpu import LowerOrtCpu
+from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
 from passes.split_concat import SplitConcat
 from passes.verify_qdq import VerifyQDQ
 
@@ -28,3 +30,13 @@ def canonical(plan: QuantPlan, weights: QuantWeights, narrow_boundary: frozenset
         RemoveUnusedNodesPass(),
         VerifyQDQ(plan),
     )
+
+
+def lower_ort_cpu(plan: QuantPlan, weights: QuantWeights, *, vnni: bool) -> ir.passes.Sequential:
+    """Canonical graph to the fast graph for ONNX Runtime on CPU."""
+    return ir.passes.Sequential(LowerOrtCpu(plan, weights, vnni=vnni), RemoveUnusedNodesPass())
+
+
+def lower_tensorrt(plan: QuantPlan, weights: QuantWeights) -> ir.passes.Sequential:
+    """Canonical graph to the graph for TensorRT and TensorRT-RTX."""
+    return ir.passes.Sequential(LowerTensorRT(plan, weights), VerifyTensorRT(), RemoveUnusedNodesPass())

@@ -1,0 +1,331 @@
+"""ONNX Runtime on CPU: every quantized operator becomes one fused u8 × s8 matrix product.
+
+Measured (onnxruntime 1.31, relative to float32): ConvInteger has no fast kernel for u8 × s8 and costs 0.75–1.5 with
+u8 × u8, while `MatMulIntegerToFloat` (a contributed operator of every ONNX Runtime build) costs 0.27–0.56. So a
+convolution becomes im2col on the one-byte codes (Transpose, Pad, Slice, Concat) and that product: 0.33–0.57 in all.
+
+u8 × s8 saturates on x86 without VNNI when two adjacent products may pass 32767. Where that is possible the weights are
+shifted to u8 instead, which is exact everywhere and slower; with `vnni=True` they stay signed, and the bundle then
+needs a CPU with VNNI. (ONNX Runtime's own remedy, `session.x64quantprecision`, fails to load graphs whose weights it
+has to convert twice.)
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulIntegerToFloat
+"""
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from dmqexport.errors import LoweringError
+from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_types import MAX_BITS, ActivationQuant, CodeArray
+from passes.base import Builder, Role, constant_array, module_of, redirect, role_of, segment_of, tag, take_name
+from passes.bind import Bindings, LayerNodes, bind
+
+CONTRIB_DOMAIN = "com.microsoft"
+FUSED_PRODUCT = "MatMulIntegerToFloat"
+#: Largest sum of two adjacent u8 × s8 products that the 16-bit step of AVX2 kernels holds.
+_PAIR_LIMIT = 32767
+
+
+class LowerOrtCpu(ir.passes.InPlacePass):
+    """Replace planned Conv and MatMul nodes (and quantized attention matmuls) of the canonical graph by integer ones.
+
+    Codes become unsigned with a constant offset, weights stay signed (packed int4 at up to 4 bits). Grouped or dilated
+    convolutions use ConvInteger. Weight-only layers and everything unplanned are not touched.
+    """
+
+    def __init__(self, plan: QuantPlan, weights: QuantWeights, *, vnni: bool) -> None:
+        super().__init__()
+        self._plan = plan
+        self._weights = weights
+        self._vnni = vnni
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place; reports whether anything changed."""
+        bindings = bind(model, self._plan)
+        work = _Lowering(model.graph, self._plan, self._weights, self._vnni)
+        modified = False
+        for layer in self._plan.layers:
+            nodes = bindings.layers[layer.name]
+            for segment, node in zip(layer.segments, nodes.compute, strict=True):
+                if segment.activation is not None and node.op_type != FUSED_PRODUCT and node.op_type != "ConvInteger":
+                    work.layer(layer.name, layer.op, segment, nodes, node)
+                    modified = True
+        modified |= work.attentions(bindings)
+        if modified:
+            model.graph.opset_imports[CONTRIB_DOMAIN] = 1
+            model.graph.sort()
+            RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)
+
+
+class _Lowering:
+    def __init__(self, graph: ir.Graph, plan: QuantPlan, weights: QuantWeights, vnni: bool) -> None:
+        self._builder = Builder(graph)
+        self._graph = graph
+        self._plan = plan
+        self._weights = weights
+        self._vnni = vnni
+        self._codes: dict[ir.Value, ir.Value] = {}
+        self._columns: dict[tuple[object, ...], ir.Value] = {}
+
+    def layer(self, name: str, op: LayerOp, segment: Segment, nodes: LayerNodes, node: ir.Node) -> None:
+        assert segment.activation is not None
+        index = segment_of(node)
+        offset = unsigned_offset(segment.activation)
+        codes = self._unsigned(node, 0, segment.activation, offset)
+        weight_codes = self._weights.codes(name, index)
+        scale = np.asarray(segment.weight.scale) * np.float32(1.0)
+        if op is LayerOp.CONV and not _plain(node):
+            self._conv_integer(name, segment, node, codes, weight_codes, offset)
+            return
+        label = f"{name}#{index}"
+        if op is LayerOp.CONV:
+            columns = self._im2col(node, codes, weight_codes.shape[2:], offset)
+            matrix = np.ascontiguousarray(weight_codes.transpose(2, 3, 1, 0).reshape(-1, weight_codes.shape[0]))
+        else:
+            columns, matrix = codes, np.ascontiguousarray(weight_codes.T)
+        weight, zero = self._weight(label, node, matrix, segment)
+        activation_scale = self._builder.scalar(segment.activation.scale_ref, f"{label}/scale")
+        offset_value = self._offset(offset)
+        inputs: list[ir.Value | None] = [
+            columns,
+            weight,
+            activation_scale,
+            self._builder.constant(scale, f"{label}/weight_scale"),
+            offset_value,
+            zero,
+        ]
+        bias = _movable_bias(nodes, node, op)
+        if bias is not None:
+            inputs.append(self._builder.constant(bias[1], f"{name}/bias"))
+        product = self._builder.node(FUSED_PRODUCT, inputs, f"{node.name}/int8", before=node, dtype=ir.DataType.FLOAT)
+        product.domain = CONTRIB_DOMAIN
+        tag(product, name, Role.COMPUTE, index)
+        result = product.outputs[0]
+        if op is LayerOp.CONV:
+            result = self._builder.node(
+                "Transpose", [result], f"{node.name}/nchw", before=node, attributes={"perm": [0, 3, 1, 2]},
+                like=node.outputs[0],
+            ).outputs[0]  # fmt: skip
+        else:
+            result.shape = node.outputs[0].shape
+        replaced = node if bias is None or bias[0] is None else bias[0]
+        self._replace(node, replaced, result)
+
+    def _replace(self, node: ir.Node, last: ir.Node, result: ir.Value) -> None:
+        old = last.outputs[0]
+        take_name(old, result, f"{old.name}/float")
+        redirect(old, result, [])
+        if last is not node:
+            self._graph.remove(last, safe=True)
+        self._graph.remove(node, safe=True)
+
+    # Operands
+
+    def _offset(self, offset: int) -> ir.Value:
+        return self._builder.constant(np.array(offset, dtype=np.uint8), f"dmqexport/offset_{offset}")
+
+    def _unsigned(self, node: ir.Node, operand: int, qparams: ActivationQuant, offset: int) -> ir.Value:
+        """The operand's codes plus `offset`, uint8; one QuantizeLinear however many readers."""
+        value = node.inputs[operand]
+        dequantize = value.producer() if value is not None else None
+        quantize = None
+        if dequantize is not None and dequantize.op_type == "DequantizeLinear" and dequantize.inputs[0] is not None:
+            quantize = dequantize.inputs[0].producer()
+        if quantize is None or quantize.op_type != "QuantizeLinear":
+            raise LoweringError(
+                f"lower_ort_cpu: operand {operand} of {node.name} is not quantized in the canonical graph"
+            )
+        codes = quantize.outputs[0]
+        if codes not in self._codes:
+            created = self._builder.node(
+                "QuantizeLinear",
+                [quantize.inputs[0], quantize.inputs[1], self._offset(offset)],
+                f"{codes.name}_u8",
+                before=quantize,
+                like=codes,
+                dtype=ir.DataType.UINT8,
+            )
+            self._codes[codes] = created.outputs[0]
+        return self._codes[codes]
+
+    def _weight(self, label: str, node: ir.Node, matrix: CodeArray, segment: Segment) -> tuple[ir.Value, ir.Value]:
+        """Signed codes [k, n] int8 and their zero_point int8 [n]; packed int4 plus Cast at up to 4 bits.
+
+        ONNX Runtime folds the Cast of a constant when it creates the session.
+        """
+        builder, qparams = self._builder, segment.weight
+        assert segment.activation is not None
+        if not self._vnni and may_saturate(matrix, segment.activation):
+            unsigned = (matrix.astype(np.int64) + 128).astype(np.uint8)
+            zero = np.full(matrix.shape[1], 128, dtype=np.uint8)
+            return builder.constant(unsigned, f"{label}/weight_u8"), builder.constant(
+                zero, f"{label}/weight_u8_zero", share=False
+            )
+        if qparams.bits > 4:
+            zero = np.zeros(matrix.shape[1], dtype=np.int8)
+            return builder.constant(matrix, f"{label}/weight_s8"), builder.constant(
+                zero, f"{label}/weight_s8_zero", share=False
+            )
+        # Nominal codes minus 8 fit int4 whatever the zero_point.
+        centered = matrix.astype(np.int64) + qparams.zero_point - 8
+        packed = builder.constant(centered.astype(ml_dtypes.int4), f"{label}/weight_s4")
+        cast = builder.node(
+            "Cast", [packed], f"{label}/weight_s8", before=node, attributes={"to": int(ir.DataType.INT8)},
+            dtype=ir.DataType.INT8,
+        )  # fmt: skip
+        zero = (qparams.zero_point - 8).astype(np.int8)
+        return cast.outputs[0], builder.constant(zero, f"{label}/weight_s8_zero", share=False)
+
+    def _im2col(self, node: ir.Node, codes: ir.Value, kernel: tuple[int, ...], offset: int) -> ir.Value:
+        """Codes [B, C, H, W] → [B, H', W', kh·kw·C], padded with the code of zero."""
+        strides, pads = _ints(node, "strides", [1, 1]), _ints(node, "pads", [0, 0, 0, 0])
+        key = (codes, tuple(kernel), tuple(strides), tuple(pads))
+        if key in self._columns:
+            return self._columns[key]
+        builder, label = self._builder, f"{codes.name}_im2col"
+        value = builder.node(
+            "Transpose", [codes], f"{label}/nhwc", before=node, attributes={"perm": [0, 2, 3, 1]},
+            dtype=ir.DataType.UINT8,
+        ).outputs[0]  # fmt: skip
+        if any(pads):
+            amounts = builder.shape([0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0])
+            value = builder.node(
+                "Pad", [value, amounts, self._offset(offset)], f"{label}/padded", before=node, dtype=ir.DataType.UINT8
+            ).outputs[0]
+        for axis, size, stride in ((2, kernel[1], strides[1]), (1, kernel[0], strides[0])):
+            if size == 1 and stride == 1:
+                continue
+            parts = [self._window(value, node, f"{label}/axis{axis}", axis, i, size, stride) for i in range(size)]
+            value = parts[0]
+            if size > 1:
+                value = builder.node(
+                    "Concat", parts, f"{label}/axis{axis}", before=node, attributes={"axis": 3},
+                    dtype=ir.DataType.UINT8,
+                ).outputs[0]  # fmt: skip
+        self._columns[key] = value
+        return value
+
+    def _window(
+        self, value: ir.Value, node: ir.Node, label: str, axis: int, start: int, size: int, stride: int
+    ) -> ir.Value:
+        remaining = size - 1 - start
+        end = -remaining if remaining else np.iinfo(np.int64).max
+        inputs = [value] + [self._builder.constant(np.array([n], dtype=np.int64), f"dmqexport/int_{n}") for n in (
+            start, end, axis, stride)]  # fmt: skip
+        return self._builder.node("Slice", inputs, f"{label}_{start}", before=node, dtype=ir.DataType.UINT8).outputs[0]
+
+    # Other operators
+
+    def _conv_integer(
+        self, name: str, segment: Segment, node: ir.Node, codes: ir.Value, weight_codes: CodeArray, offset: int
+    ) -> None:
+        """Grouped or dilated convolution: ConvInteger with u8 weights (s8 has wrong or slow kernels)."""
+        assert segment.activation is not None
+        builder, index = self._builder, segment_of(node)
+        label = f"{name}#{index}"
+        unsigned = (weight_codes.astype(np.int64) + 128).astype(np.uint8)
+        weight = builder.constant(unsigned, f"{label}/weight_u8")
+        attributes = {key: node.attributes[key].value for key in node.attributes}
+        conv = builder.node(
+            "ConvInteger",
+            [codes, weight, self._offset(offset), self._offset(128)],
+            f"{node.name}/int8",
+            before=node,
+            attributes=attributes,
+            dtype=ir.DataType.INT32,
+        )
+        tag(conv, name, Role.COMPUTE, index)
+        cast = builder.node(
+            "Cast", [conv.outputs[0]], f"{node.name}/int32", before=node, attributes={"to": int(ir.DataType.FLOAT)},
+            like=node.outputs[0],
+        )  # fmt: skip
+        scale = np.asarray(segment.weight.scale) * np.float32(segment.activation.scale_ref)
+        factor = builder.constant(scale.reshape(-1, 1, 1), f"{label}/product_scale")
+        result = builder.node(
+            "Mul", [cast.outputs[0], factor], f"{node.name}/scaled", before=node, like=node.outputs[0]
+        )
+        value = result.outputs[0]
+        bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+        if bias is not None:
+            shaped = builder.constant(bias.reshape(-1, 1, 1), f"{name}/bias")
+            value = builder.node("Add", [value, shaped], f"{node.name}/biased", before=node, like=value).outputs[0]
+        self._replace(node, node, value)
+
+    def attentions(self, bindings: Bindings) -> bool:
+        """Quantized attention matmuls: both operands are activations."""
+        modified = False
+        for plan in self._plan.attentions:
+            nodes = bindings.attentions[plan.name]
+            for node, left, right in (
+                (nodes.query_key, plan.query, plan.key),
+                (nodes.probability_value, plan.probability, plan.value),
+            ):
+                if node.op_type == FUSED_PRODUCT:
+                    continue
+                offsets = (unsigned_offset(left), unsigned_offset(right))
+                inputs = [
+                    self._unsigned(node, 0, left, offsets[0]),
+                    self._unsigned(node, 1, right, offsets[1]),
+                    self._builder.scalar(left.scale_ref, f"{node.name}/left_scale"),
+                    self._builder.scalar(right.scale_ref, f"{node.name}/right_scale"),
+                    self._offset(offsets[0]),
+                    self._offset(offsets[1]),
+                ]
+                product = self._builder.node(
+                    FUSED_PRODUCT, inputs, f"{node.name}/int8", before=node, like=node.outputs[0]
+                )
+                product.domain = CONTRIB_DOMAIN
+                product.metadata_props.update(node.metadata_props)
+                self._replace(node, node, product.outputs[0])
+                modified = True
+        return modified
+
+
+def may_saturate(codes: CodeArray, activation: ActivationQuant) -> bool:
+    """Whether two adjacent u8 × s8 products could pass 16 bits for these weight codes."""
+    offset = unsigned_offset(activation)
+    largest = 255 if activation.bits == MAX_BITS else offset + 2**activation.bits - 1 - int(activation.zero_point.min())
+    return 2 * largest * int(np.abs(codes.astype(np.int64)).max(initial=0)) > _PAIR_LIMIT
+
+
+def unsigned_offset(qparams: ActivationQuant) -> int:
+    """What turns signed codes into uint8: 128 at 8 bits, else the largest zero_point, which keeps codes small."""
+    return 128 if qparams.bits == MAX_BITS else int(qparams.zero_point.max())
+
+
+def _ints(node: ir.Node, name: str, default: list[int]) -> list[int]:
+    return list(node.attributes[name].as_ints()) if name in node.attributes else default
+
+
+def _plain(node: ir.Node) -> bool:
+    """Whether im2col as written here applies."""
+    group = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    auto_pad = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
+    return group == 1 and _ints(node, "dilations", [1, 1]) == [1, 1] and auto_pad in ("NOTSET", "")
+
+
+def _movable_bias(nodes: LayerNodes, node: ir.Node, op: LayerOp) -> tuple[ir.Node | None, np.ndarray] | None:
+    """(node to absorb or None, bias [n]) if the bias directly follows the product and can be fused into it."""
+    if op is LayerOp.CONV and len(node.inputs) > 2:
+        bias = constant_array(node.inputs[2])
+        return None if bias is None else (None, bias)
+    add, output = nodes.bias, node.outputs[0]
+    if add is None or output.is_graph_output() or {use.node for use in output.uses()} != {add}:
+        return None
+    other = add.inputs[1] if add.inputs[0] is output else add.inputs[0]
+    bias = constant_array(other)
+    if bias is None or bias.size != bias.shape[-1 if op is LayerOp.LINEAR else 0]:
+        return None
+    return add, np.ascontiguousarray(bias.reshape(-1))
+
+
+def integer_compute(model: ir.Model) -> dict[str, str]:
+    """Operator that computes each planned layer in a lowered graph, by module."""
+    return {
+        module: node.op_type
+        for node in model.graph
+        if (module := module_of(node)) is not None and role_of(node) is Role.COMPUTE
+    }

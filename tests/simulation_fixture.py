@@ -1,6 +1,6 @@
 """Small denoisers whose layers cover every form of the canonical operator, random plans for them, and graph taps."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +295,23 @@ class PlanSampler:
         attentions = () if attention_bits is None else tuple(self._attentions(attention_bits))
         return QuantPlan("random", "random", self.row_map, self.rows, tuple(layers), attentions, float_layers)
 
+    def one_table_plan(self, weights: Path) -> QuantPlan:
+        """All layers share their table, whatever the rank of what they read, but not their bits."""
+        plan = self.plan(weights, bits=(8, 4))
+        scale = np.exp(self.random.uniform(-1, 1, self.rows)) * 0.2
+        zero = self.random.integers(0, 8, self.rows)
+        layers = [
+            replace(
+                layer,
+                segments=tuple(
+                    replace(segment, activation=ActivationQuant.from_rows(4 + index % 4, scale, zero))
+                    for segment in layer.segments
+                ),
+            )
+            for index, layer in enumerate(plan.layers)
+        ]
+        return replace(plan, layers=tuple(layers))
+
     def _attentions(self, bits: int) -> list[AttentionQuant]:
         return [
             AttentionQuant(
@@ -306,6 +323,25 @@ class PlanSampler:
             )
             for name in self.exported.found.attentions
         ]
+
+
+def inputs_on_ties(plan: QuantPlan, batch: int, seed: int) -> dict[str, Tensor]:
+    """Inputs of `ShallowDenoiser` half way between two codes of some quantizer, or one float32 beside that."""
+    random = np.random.default_rng(seed)
+    inputs = random_inputs(batch, seed)
+    rows = plan.row_map[inputs["timestep"].numpy()]
+    for name, reader in (("sample", "convolutions."), ("encoder_hidden_states", "tokens")):
+        readers = [item for key, item in plan.activations() if key.startswith(reader)]
+        values = inputs[name].numpy()
+        for index, row in enumerate(rows):
+            scales = np.array([item.scale[row if item.rows > 1 else 0] for item in readers], dtype=np.float32)
+            shape = values[index].shape
+            largest = 2 ** readers[0].bits
+            halves = random.integers(-largest, largest, shape).astype(np.float32) + np.float32(0.5)
+            exact = halves * random.choice(scales, shape)
+            aim = random.choice(np.array([-np.inf, 0.0, np.inf], dtype=np.float32), shape)
+            values[index] = np.where(aim == 0, exact, np.nextafter(exact, aim))
+    return inputs
 
 
 def canonical_graph(exported: Exported, plan: QuantPlan, weights: Path) -> ir.Model:

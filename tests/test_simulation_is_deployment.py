@@ -18,6 +18,7 @@ from simulation_fixture import (
     ShallowDenoiser,
     canonical_graph,
     export,
+    inputs_on_ties,
     observe_ranges,
     quantizer_taps,
     random_inputs,
@@ -93,6 +94,23 @@ def test_every_pair_of_widths_teacher_forced(
     agreement, _ = teacher_forced(shallow, plan, tmp_path / "codes", random_inputs(4, weight_bits))
     assert agreement.quantizers == len(plan.activations())
     check(agreement) if plan.activations() else check_outputs(agreement)
+
+
+@pytest.mark.parametrize("rows", [1, 10])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_inputs_on_ties_teacher_forced(shallow: Exported, tmp_path: Path, bits: int, rows: int) -> None:
+    """Where an order of operations, a reciprocal or another rounding would show: half way between two codes."""
+    plan = PlanSampler(shallow, bits, rows).plan(tmp_path / "codes", bits=(4, bits), attention_bits=bits)
+    agreement, _ = teacher_forced(shallow, plan, tmp_path / "codes", inputs_on_ties(plan, 6, bits))
+    assert agreement.flips == 0
+    check_outputs(agreement)
+
+
+def test_one_table_for_every_rank_and_width_teacher_forced(shallow: Exported, tmp_path: Path) -> None:
+    plan = PlanSampler(shallow, 1, 10).one_table_plan(tmp_path / "codes")
+    agreement, _ = teacher_forced(shallow, plan, tmp_path / "codes", random_inputs(6, 1))
+    assert agreement.flips == 0
+    check_outputs(agreement)
 
 
 @given(

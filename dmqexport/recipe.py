@@ -30,13 +30,13 @@ class SamplingRecipe(_Section):
 class CalibrationRecipe(_Section):
     """What the activation ranges are measured on."""
 
-    prompts: str | None = Field(default=None, description="text file, one prompt a line; null takes the model's own list")
+    prompts: str | None = Field(default=None, description="text file, one prompt a line; null: the model's own")
     size: int = Field(default=64, ge=1, description="float trajectories")
     rows: int = Field(default=10, ge=1, description="rows of the timestep table")
     row_assignment: Literal["equal-groups", "per-step"] = "equal-groups"
     samples_per_row: int = Field(default=8192, ge=64, description="activation values kept per tensor and row")
     batch_size: int = Field(default=32, ge=1)
-    embeddings: Literal["random"] | None = Field(default=None, description="for a bare conditional UNet without text encoder")
+    embeddings: Literal["random"] | None = Field(default=None, description="for a UNet without text encoder")
 
 
 class QuantizationRecipe(_Section):
@@ -70,7 +70,7 @@ class ValidationRecipe(_Section):
     """How the deployed graph is judged."""
 
     images: int = Field(default=16, ge=1, description="pictures compared with the float model's, same seeds")
-    retrieval: int = Field(default=200, ge=0, le=1355, description="captions of the retrieval metric (bundled model only)")
+    retrieval: int = Field(default=200, ge=0, le=1355, description="captions of the retrieval metric (bundled model)")
     entries: int = Field(default=400, ge=1, description="trajectory points whose predicted noise is compared")
     layer_entries: int = Field(default=40, ge=1, description="trajectory points whose layer outputs are compared")
     batch_size: int = Field(default=16, ge=1)
@@ -83,7 +83,7 @@ class LoweringRecipe(_Section):
     """Choices of the target graphs."""
 
     cpu_isa: Literal["auto", "portable", "vnni"] = Field(
-        default="auto", description="auto: signed weights if the building CPU has VNNI; portable: exact on every x86 CPU"
+        default="auto", description="auto: signed weights if this CPU has VNNI; portable: exact on every x86 CPU"
     )
     max_batch: int = Field(default=8, ge=1, description="largest batch of TensorRT profiles")
 

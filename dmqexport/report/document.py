@@ -133,7 +133,7 @@ class SizeBytes(_Part):
 
 
 class Latency(_Part):
-    """Time of one denoiser call; ratio is fp32_ms / quantized_ms, so above one is faster than float."""
+    """Time of one denoiser call; ratio is quantized_ms / fp32_ms, so below one is faster than float."""
 
     fp32_ms: Positive | None
     quantized_ms: Positive | None
@@ -143,13 +143,13 @@ class Latency(_Part):
     runs: Count | None = None
 
     @model_validator(mode="after")
-    def _ratio_is_a_speed_up(self) -> Self:
+    def _ratio_is_not_inverted(self) -> Self:
         if self.fp32_ms is None or self.quantized_ms is None or self.ratio is None:
             return self
-        speed_up, given = math.log(self.fp32_ms / self.quantized_ms), math.log(self.ratio)
+        expected, given = math.log(self.quantized_ms / self.fp32_ms), math.log(self.ratio)
         # A median of ratios may differ from the ratio of medians; an inverted ratio differs in sign.
-        if abs(speed_up) > 0.1 and abs(given + speed_up) < abs(given - speed_up):
-            raise ValueError(f"ratio is {self.ratio:g}, but fp32_ms / quantized_ms is {math.exp(speed_up):.3g}")
+        if abs(expected) > 0.1 and abs(given + expected) < abs(given - expected):
+            raise ValueError(f"ratio is {self.ratio:g}, but quantized_ms / fp32_ms is {math.exp(expected):.3g}")
         return self
 
 

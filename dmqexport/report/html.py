@@ -173,13 +173,13 @@ def _retrieval_card(document: ReportDocument) -> Card:
 def _speed_card(document: ReportDocument) -> Card:
     latency = document.latency
     if latency is None or latency.ratio is None:
-        return Card("Speed", wording.NOT_MEASURED, document.notes.get("latency", "no timing was taken"), "unknown")
+        return Card("Latency", wording.NOT_MEASURED, document.notes.get("latency", "no timing was taken"), "unknown")
     detail = (
-        f"{'as fast' if latency.ratio >= 1 else 'slower than float'}: "
+        f"{'of the float time' if latency.ratio <= 1 else 'slower than float'}: "
         f"{wording.measured(latency.fp32_ms, wording.milliseconds)} → "
         f"{wording.measured(latency.quantized_ms, wording.milliseconds)} a call"
     )
-    return Card("Speed", wording.times(latency.ratio), detail, "plain" if latency.ratio >= 1 else "bad")
+    return Card("Latency", wording.times(latency.ratio), detail, "plain" if latency.ratio <= 1 else "bad")
 
 
 def _gate_row(gate: Gate) -> dict[str, str]:

@@ -122,7 +122,7 @@ class Refusal:
         Refusal("rows", lambda d: d["layers"][0].update(sqnr_by_row=[1.0]), "'conv_in': sqnr_by_row has 1 values"),
         Refusal("row", lambda d: d["metrics"]["by_timestep"][0].update(row=99), "timestep 981 names row 99"),
         Refusal(
-            "ratio", lambda d: d["latency"].update(ratio=0.572), "ratio is 0.572, but fp32_ms / quantized_ms is 1.75"
+            "ratio", lambda d: d["latency"].update(ratio=1.749), "ratio is 1.749, but quantized_ms / fp32_ms is 0.572"
         ),
         Refusal("note", lambda d: d["notes"].update({"metrics.image_sim": "?"}), "did you mean 'metrics.image_ssim'"),
         Refusal("date", lambda d: d.update(created="yesterday"), "isoformat"),
@@ -250,7 +250,7 @@ def test_the_verdict_names_the_failed_gates() -> None:
 
 def test_slower_than_float_is_said_plainly() -> None:
     document = make_document()
-    document["latency"].update(fp32_ms=10.0, quantized_ms=20.0, ratio=0.5)
+    document["latency"].update(fp32_ms=10.0, quantized_ms=20.0, ratio=2.0)
     assert "slower than float: 10 ms → 20 ms a call" in page(document).text
 
 

@@ -1,0 +1,332 @@
+"""Judge the deployed graph against the float graph: layer by layer, timestep by timestep, picture by picture."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from calib.sampling import CalibrationSet
+from dmqexport.models import emoji
+from dmqexport.models.sampling import sample_images, set_denoiser
+from dmqexport.onnx_export import save_model
+from dmqexport.pipeline import Build
+from dmqexport.report.pictures import CAP_DB
+from dmqexport.report.retrieval import retrieval_accuracy
+from dmqexport.runtime import QuantizedDenoiser
+from dmqexport.target import Target
+from dmqexport.workspace import StageRecord
+from engines.bench import interleaved
+from engines.ort import Optimization, OrtRunner, available_cores
+from passes.tap import TapOutputs, layer_outputs
+
+Array = np.ndarray[Any, Any]
+_EMOJI = "emoji"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the float model does on the evaluation prompts: pictures uint8 [n, H, W, 3] and trajectory points."""
+
+    prompts: list[str]
+    seeds: list[int]
+    images: Array
+    entries: CalibrationSet
+
+
+class Validation:
+    """Metrics of one build. Everything is measured on the deployed graph, on prompts that calibration never saw."""
+
+    def __init__(self, build: Build) -> None:
+        self.build = build
+        self.recipe = build.recipe.validation
+
+    # Float reference
+
+    @property
+    def judges_retrieval(self) -> bool:
+        """Whether the bundled model's retrieval metric applies."""
+        preset = self.build.model.preset
+        return preset is not None and preset.name == _EMOJI and self.recipe.retrieval > 0
+
+    @cached_property
+    def prompts_and_seeds(self) -> tuple[list[str], list[int]]:
+        """Evaluation prompts (empty for unconditional models) and seeds, disjoint from calibration's."""
+        count, seed = self.recipe.images, self.build.recipe.seed
+        if self.judges_retrieval:
+            rows = emoji.retrieval_indices(max(self.recipe.retrieval, count))
+            captions = emoji.captions()
+            return [captions[row] for row in rows], [int(row) + seed * 10_007 for row in rows]
+        prompts = list(self.build.model.default_prompts)
+        used = self.build.recipe.calibration.size if self.build.recipe.calibration.prompts is None else 0
+        chosen = [prompts[(used + index) % len(prompts)] for index in range(count)] if prompts else []
+        return chosen, [seed * 10_007 + index for index in range(count)]
+
+    @cached_property
+    def reference(self) -> Evaluation:
+        """Float pictures and trajectory points, cached for every bit width."""
+        build, recipe = self.build, self.recipe
+        prompts, seeds = self.prompts_and_seeds
+        key = {**build._base_key("reference"), "prompts": prompts, "seeds": seeds, "recorded": recipe.images}
+
+        def run(folder: Path) -> None:
+            first = min(recipe.images, len(seeds))
+            images = []
+            for start, stop, record in ((0, first, True), (first, len(seeds), False)):
+                if stop <= start:
+                    continue
+                result = sample_images(
+                    build.model,
+                    prompts[start:stop] or None,
+                    seeds[start:stop],
+                    steps=build.steps,
+                    guidance=build.guidance,
+                    batch_size=recipe.batch_size,
+                    record=record,
+                    progress=lambda done, _, start=start: build.workspace.reporter.progress(start + done, len(seeds)),
+                )
+                images.append(result.images)
+                if result.calibration is not None:
+                    result.calibration.save(folder / "entries.safetensors")
+            np.save(folder / "images.npy", np.concatenate(images))
+
+        record = build.workspace.stage("reference", key, run)
+        entries = CalibrationSet.load(record.path / "entries.safetensors")
+        return Evaluation(
+            prompts, seeds, np.load(record.path / "images.npy"), entries.subset(recipe.entries, build.recipe.seed)
+        )
+
+    # Deployed graph
+
+    @cached_property
+    def runner(self) -> OrtRunner:
+        """The deployed graph in ONNX Runtime (for TensorRT targets: the very graph the engine is built from)."""
+        reference = self.build.recipe.target in (Target.TRT, Target.TRT_RTX, Target.ONNX)
+        # Fusions of Q/DQ graphs may saturate on some CPUs; only the graph lowered for this runtime may use them.
+        level = Optimization.REFERENCE if reference else Optimization.FAST
+        return OrtRunner(self.build.deployed_graph, optimization=level)
+
+    @cached_property
+    def measured(self) -> StageRecord:
+        """`metrics.json` and `images.npy`."""
+        build, recipe = self.build, self.recipe
+        key = {
+            "version": 1,
+            "passes": build.passed.fingerprint,
+            "reference": build.workspace.records and [self.reference.seeds, self.reference.prompts],
+            "steps": build.steps,
+            "guidance": build.guidance,
+            "validation": recipe.model_dump(mode="json", exclude={"gates", "latency_batch", "latency_runs"}),
+            "seed": build.recipe.seed,
+        }
+        reference = self.reference  # its own stage, finished before this one starts
+
+        def run(folder: Path) -> None:
+            eps = self._predicted_noise(reference.entries)
+            layers = self._layers(reference.entries)
+            images = self._images(reference)
+            np.save(folder / "images.npy", images)
+            document = {**eps, "layers": layers, **self._picture_metrics(reference, images)}
+            (folder / "metrics.json").write_text(json.dumps(document), encoding="utf-8")
+
+        return build.workspace.stage("validate", key, run)
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """What `measured` wrote."""
+        document: dict[str, Any] = json.loads((self.measured.path / "metrics.json").read_text(encoding="utf-8"))
+        return document
+
+    @cached_property
+    def images(self) -> Array:
+        """Pictures of the deployed graph, uint8 [n, H, W, 3]."""
+        loaded: Array = np.load(self.measured.path / "images.npy")
+        return loaded
+
+    def _predicted_noise(self, entries: CalibrationSet) -> dict[str, Any]:
+        """SQNR of the deployed graph's output over all entries and by timestep, and its distance to canonical."""
+        float_runner = OrtRunner(self.build.float_graph)
+        canonical = OrtRunner(self.build.canonical_graph, optimization=Optimization.REFERENCE)
+        size = self.recipe.batch_size
+        signal: list[Array] = []
+        noise: list[Array] = []
+        apart: list[Array] = []
+        largest = peak = 0.0
+        for index, inputs in _mixed_batches(entries, size):
+            expected, actual, exact = (_single(runner, inputs) for runner in (float_runner, self.runner, canonical))
+            axes = tuple(range(1, expected.ndim))
+            signal.append((expected.astype(np.float64) ** 2).sum(axis=axes))
+            noise.append(((actual - expected).astype(np.float64) ** 2).sum(axis=axes))
+            apart.append(((actual - exact).astype(np.float64) ** 2).sum(axis=axes))
+            largest = max(largest, float(np.abs(actual - exact).max()))
+            peak = max(peak, float(np.abs(exact).max()))
+            self.build.workspace.reporter.progress(int(index), len(entries))
+        order = _mixed_order(entries)
+        timesteps = entries.timesteps.numpy()[order]
+        all_signal, all_noise = np.concatenate(signal), np.concatenate(noise)
+        row_map = self.build.plan.row_map
+        by_timestep = [
+            {
+                "timestep": int(value),
+                "row": int(row_map[value]),
+                "eps_sqnr_db": sqnr_db(all_signal[timesteps == value].sum(), all_noise[timesteps == value].sum()),
+                "samples": int((timesteps == value).sum()),
+            }
+            for value in np.unique(timesteps)
+        ]
+        return {
+            "eps_sqnr_db": sqnr_db(all_signal.sum(), all_noise.sum()),
+            "by_timestep": by_timestep,
+            "canonical_max_rel_error": largest / max(peak, 1e-30),
+            "canonical_sqnr_db": sqnr_db(all_signal.sum(), np.concatenate(apart).sum()),
+        }
+
+    def _layers(self, entries: CalibrationSet) -> dict[str, Any]:
+        """SQNR of every layer's output, in all and by row, from the graphs' own intermediate values."""
+        float_model = ir.load(self.build.float_graph)
+        names = layer_outputs(float_model)
+        plan = self.build.plan
+        wanted = {layer.name: names[layer.name] for layer in plan.layers}
+        tapped = {}
+        folder = self.build.workspace.root
+        for label, source in (("float", self.build.float_graph), ("deployed", self.build.deployed_graph)):
+            model = ir.load(source)
+            TapOutputs(wanted.values())(model)
+            path = folder / f".tap-{label}-{self.build.passed.fingerprint[:16]}.onnx"
+            save_model(model, path)
+            tapped[label] = path
+        try:
+            float_runner = OrtRunner(tapped["float"])
+            deployed = OrtRunner(tapped["deployed"], optimization=_level(self.runner, self.build.recipe.target))
+            rows = np.asarray(plan.row_map)[entries.timesteps.numpy()]
+            chosen = _spread_over_rows(rows, self.recipe.layer_entries)
+            signal = {name: np.zeros(plan.rows) for name in wanted}
+            noise = {name: np.zeros(plan.rows) for name in wanted}
+            outputs = sorted(set(wanted.values()))
+            for start in range(0, len(chosen), self.recipe.batch_size):
+                index = chosen[start : start + self.recipe.batch_size]
+                inputs = _arrays(entries, torch.from_numpy(index))
+                expected, actual = float_runner.run(inputs, outputs), deployed.run(inputs, outputs)
+                for name, value in wanted.items():
+                    left = expected[value].reshape(len(index), -1).astype(np.float64)
+                    right = actual[value].reshape(len(index), -1).astype(np.float64)
+                    np.add.at(signal[name], rows[index], (left**2).sum(axis=1))
+                    np.add.at(noise[name], rows[index], ((right - left) ** 2).sum(axis=1))
+        finally:
+            for path in tapped.values():
+                path.unlink(missing_ok=True)
+                path.with_name(path.name + ".data").unlink(missing_ok=True)
+        return {
+            name: {
+                "sqnr_db": sqnr_db(signal[name].sum(), noise[name].sum()),
+                "by_row": [
+                    sqnr_db(signal[name][row], noise[name][row]) if signal[name][row] > 0 else None
+                    for row in range(plan.rows)
+                ],
+            }
+            for name in wanted
+        }
+
+    def _images(self, reference: Evaluation) -> Array:
+        """Pictures through the deployed graph, same prompts and seeds."""
+        build = self.build
+        component = build.model.family.component
+        original = getattr(build.model.pipeline, component)
+        denoiser = QuantizedDenoiser(self.runner, dict(build.model.denoiser.config), build.model.num_train_timesteps)
+        set_denoiser(build.model.pipeline, denoiser)
+        try:
+            result = sample_images(
+                build.model,
+                reference.prompts or None,
+                reference.seeds,
+                steps=build.steps,
+                guidance=build.guidance,
+                batch_size=self.recipe.batch_size,
+                progress=build.workspace.reporter.progress,
+            )
+        finally:
+            set_denoiser(build.model.pipeline, original)
+        return result.images
+
+    def _picture_metrics(self, reference: Evaluation, images: Array) -> dict[str, Any]:
+        """PSNR of the pooled error, SSIM, and retrieval accuracy of both models."""
+        error = ((images.astype(np.float64) - reference.images.astype(np.float64)) ** 2).mean()
+        left, right = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in (images, reference.images))
+        ssim = structural_similarity_index_measure(left, right, data_range=1.0)
+        result: dict[str, Any] = {
+            "image_psnr_db": CAP_DB if error == 0 else min(CAP_DB, float(10 * np.log10(255.0**2 / error))),
+            "image_ssim": float(ssim),  # type: ignore[arg-type]  # one tensor when no full image is asked for
+            "image_count": len(images),
+        }
+        if self.judges_retrieval:
+            expected = emoji.retrieval_indices(len(images))
+            gallery = emoji.images()
+            result["retrieval_accuracy"] = retrieval_accuracy(images, expected, gallery)
+            result["retrieval_accuracy_fp"] = retrieval_accuracy(reference.images, expected, gallery)
+            result["retrieval_count"] = len(images)
+        return result
+
+    # Speed
+
+    @cached_property
+    def latency(self) -> dict[str, Any] | None:
+        """FP32 against quantized ONNX Runtime on the same inputs; None where the deployed graph is not for it."""
+        if self.build.recipe.target is not Target.ORT_CPU:
+            return None
+        batch = self.recipe.latency_batch
+        index = torch.arange(batch) % len(self.reference.entries)
+        inputs = _arrays(self.reference.entries, index)
+        runners = {"fp32": OrtRunner(self.build.float_graph), "quantized": OrtRunner(self.build.deployed_graph)}
+        result = interleaved(runners, inputs, runs=self.recipe.latency_runs)
+        return {
+            "fp32_ms": result.median_ms["fp32"],
+            "quantized_ms": result.median_ms["quantized"],
+            "ratio": result.ratio("quantized", "fp32"),
+            "batch": batch,
+            "threads": available_cores(),
+            "runs": result.runs,
+        }
+
+
+def sqnr_db(signal: float, noise: float) -> float | None:
+    """10 log10(signal energy / noise energy), capped; None without a signal."""
+    if signal <= 0:
+        return None
+    return CAP_DB if noise <= 0 else float(np.clip(10 * np.log10(signal / noise), -CAP_DB, CAP_DB))
+
+
+def _level(runner: OrtRunner, target: Target) -> Optimization:
+    return Optimization.FAST if target is Target.ORT_CPU else Optimization.REFERENCE
+
+
+def _single(runner: OrtRunner, inputs: dict[str, Array]) -> Array:
+    return runner.run(inputs)[runner.output_names[0]]
+
+
+def _mixed_order(entries: CalibrationSet) -> Array:
+    """A fixed shuffle, so that every batch mixes timesteps as a server's batches do."""
+    return np.random.default_rng(0).permutation(len(entries))
+
+
+def _mixed_batches(entries: CalibrationSet, size: int) -> Iterator[tuple[int, dict[str, Array]]]:
+    order = _mixed_order(entries)
+    for start in range(0, len(order), size):
+        index = order[start : start + size]
+        yield start + len(index), _arrays(entries, torch.from_numpy(index))
+
+
+def _arrays(entries: CalibrationSet, index: torch.Tensor) -> dict[str, Array]:
+    return {name: value.numpy() for name, value in entries.select(index).items()}
+
+
+def _spread_over_rows(rows: Array, count: int) -> Array:
+    """At most `count` entry indices, as evenly over the rows as they come."""
+    order = np.argsort(rows, kind="stable")
+    within = np.concatenate([np.arange(n) for n in np.unique(rows, return_counts=True)[1]])
+    return np.sort(order[np.argsort(within, kind="stable")][:count])

@@ -1,0 +1,42 @@
+"""Make intermediate results visible: layer outputs as graph outputs, for comparing graphs layer by layer."""
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from dmqexport.errors import LoweringError
+from passes.bind import graph_layers
+
+
+def layer_outputs(model: ir.Model) -> dict[str, str]:
+    """Name of the value that is each weighted layer's result (after its bias), by module. Same names in every graph."""
+    result: dict[str, str] = {}
+    for name, nodes in graph_layers(model.graph).items():
+        node = nodes.bias if nodes.bias is not None else nodes.compute[-1]
+        result[name] = str(node.outputs[0].name)
+    return result
+
+
+class TapOutputs(ir.passes.InPlacePass):
+    """Add the named values to the graph's outputs; nothing else changes."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self._names = list(names)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Raise LoweringError for a name the graph does not have."""
+        values = {output.name: output for node in model.graph for output in node.outputs}
+        missing = [name for name in self._names if name not in values]
+        if missing:
+            raise LoweringError(f"tap: the graph has no value {missing[:5]}")
+        modified = False
+        for name in self._names:
+            value = values[name]
+            if value.is_graph_output():
+                continue
+            if value.type is None:
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+            model.graph.outputs.append(value)
+            modified = True
+        return ir.passes.PassResult(model, modified)

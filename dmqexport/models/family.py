@@ -1,6 +1,6 @@
 """What the pipeline must know of a denoiser family, and the registry that finds it by diffusers class name."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -19,8 +19,11 @@ class Family(Protocol):
     #: glob patterns of the layers that stay at 8 bit (first, last, time embedding).
     boundary: tuple[str, ...]
 
-    def example_inputs(self, denoiser: nn.Module, batch: int) -> dict[str, Tensor]:
-        """Random inputs of the right shapes, seeded, `timestep` int64 [batch]."""
+    def example_inputs(self, denoiser: nn.Module, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
+        """Random inputs of the right shapes, seeded, `timestep` int64 [batch]; `tokens` long where text enters.
+
+        Raises ModelError for a variant of the architecture that needs other inputs.
+        """
         ...
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
@@ -46,8 +49,13 @@ def family_of(class_name: str) -> Family:
 
 
 def sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the denoiser's sample, from its config."""
-    config = denoiser.config
+    """(channels, height, width) of the denoiser's sample, from its config; raises ModelError when it has no size."""
+    config: Any = denoiser.config
     size = config.sample_size
+    if size is None:
+        raise ModelError(
+            "the denoiser's config.json has no sample_size, so its input has no known shape",
+            hint='add the height and width it was trained on, like "sample_size": 64',
+        )
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     return int(config.in_channels), int(height), int(width)

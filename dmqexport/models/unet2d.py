@@ -1,5 +1,7 @@
 """`UNet2DModel`: unconditional pixel- or latent-space UNets (DDPM, DDIM, LDM)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +17,10 @@ class UNet2DFamily:
     input_names: tuple[str, ...] = ("sample", "timestep")
     boundary: tuple[str, ...] = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
 
-    def example_inputs(self, denoiser: nn.Module, batch: int) -> dict[str, Tensor]:
-        """sample float32 [batch, C, H, W], timestep int64 [batch]."""
-        if denoiser.config.class_embed_type is not None or denoiser.config.num_class_embeds is not None:
+    def example_inputs(self, denoiser: nn.Module, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
+        """sample float32 [batch, C, H, W], timestep int64 [batch]; no text, so `tokens` means nothing here."""
+        config: Any = denoiser.config
+        if config.class_embed_type is not None or config.num_class_embeds is not None:
             raise ModelError("class-conditional UNet2DModel is not supported yet: it needs class_labels")
         generator = torch.Generator().manual_seed(0)
         return {

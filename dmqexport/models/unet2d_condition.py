@@ -1,5 +1,7 @@
 """`UNet2DConditionModel`: text-to-image UNets with cross-attention (Stable Diffusion 1.x, 2.x, the bundled model)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,20 +19,26 @@ class UNet2DConditionFamily:
     input_names: tuple[str, ...] = ("sample", "timestep", "encoder_hidden_states")
     boundary: tuple[str, ...] = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
 
-    def example_inputs(self, denoiser: nn.Module, batch: int) -> dict[str, Tensor]:
+    def example_inputs(self, denoiser: nn.Module, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """sample float32 [batch, C, H, W], timestep int64 [batch], encoder_hidden_states float32 [batch, tokens, D]."""
-        config = denoiser.config
+        config: Any = denoiser.config
         if config.addition_embed_type is not None or config.class_embed_type is not None:
             raise ModelError(
                 f"{self.class_name} with added conditions ({config.addition_embed_type or config.class_embed_type}) "
                 "is not supported yet"
+            )
+        if config.encoder_hid_dim_type is not None or not isinstance(config.cross_attention_dim, int):
+            raise ModelError(
+                f"{self.class_name} with a projected or per-block conditioning width is not supported yet "
+                f"(encoder_hid_dim_type {config.encoder_hid_dim_type}, "
+                f"cross_attention_dim {config.cross_attention_dim})"
             )
         generator = torch.Generator().manual_seed(0)
         return {
             "sample": torch.randn((batch, *sample_shape(denoiser)), generator=generator),
             "timestep": torch.randint(0, 1000, (batch,), generator=generator),
             "encoder_hidden_states": torch.randn(
-                (batch, _DEFAULT_TOKENS, config.cross_attention_dim), generator=generator
+                (batch, tokens or _DEFAULT_TOKENS, config.cross_attention_dim), generator=generator
             ),
         }
 

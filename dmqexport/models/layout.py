@@ -1,0 +1,134 @@
+"""What a model folder says it is: its pipeline class and the folder, class and files of each component."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dmqexport.errors import ModelError
+from dmqexport.models.family import family_of
+from dmqexport.models.weight_files import WeightFiles, check_safetensors, find_weights, read_json
+
+#: supported pipelines and the components that are loaded; the others (safety checker, image encoder) are left out.
+PIPELINES: Final[dict[str, tuple[str, ...]]] = {
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "DDPMPipeline": ("unet", "scheduler"),
+    "DDIMPipeline": ("unet", "scheduler"),
+}
+
+_STEMS: Final = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a pipeline; `weights` is None for schedulers and tokenizers."""
+
+    name: str
+    library: str
+    class_name: str
+    folder: Path
+    weights: WeightFiles | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checked model folder. `pipeline` is a diffusers class name, None for a bare denoiser."""
+
+    folder: Path
+    pipeline: str | None
+    components: dict[str, Component]
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """Every file that makes up the model, as (name that does not depend on the place, path), in a fixed order."""
+        for name, component in sorted(self.components.items()):
+            if component.weights is not None:
+                paths = [component.folder / "config.json", *component.weights.files]
+            elif name == "scheduler":
+                paths = [component.folder / "scheduler_config.json"]
+            else:
+                paths = sorted(path for path in component.folder.iterdir() if path.is_file())
+            for path in paths:
+                yield f"{name}/{path.name}", path
+
+
+def read_layout(folder: Path, replaced: frozenset[str] = frozenset()) -> Layout:
+    """Read `folder`'s index and check every weight file's header; nothing is loaded.
+
+    replaced: components of a pipeline that come from elsewhere and need no weights here.
+
+    Raises ModelError for a folder that is no model, an unsupported pipeline or denoiser, missing, pickled, truncated
+    or damaged files, and components whose class is custom code.
+    """
+    if (folder / "model_index.json").is_file():
+        layout = _pipeline(folder, replaced)
+    elif (folder / "config.json").is_file():
+        layout = _bare(folder)
+    else:
+        raise ModelError(
+            f"{folder} is no model folder: it has neither model_index.json nor config.json",
+            hint="give the folder that diffusers' save_pretrained wrote",
+        )
+    for component in layout.components.values():
+        for path in component.weights.files if component.weights is not None else ():
+            check_safetensors(path)
+    return layout
+
+
+def _pipeline(folder: Path, replaced: frozenset[str]) -> Layout:
+    index_path = folder / "model_index.json"
+    index = read_json(index_path)
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise ModelError(
+            f"{index_path}: pipeline {pipeline!r} is not supported",
+            hint=f"supported: {', '.join(PIPELINES)}; or give the folder of a bare UNet2DModel",
+        )
+    components = {}
+    for name in PIPELINES[pipeline]:
+        entry = index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+            raise ModelError(f"{index_path} names no {name}; {pipeline} needs one", hint="copy the complete folder")
+        library, class_name = entry
+        if library not in _STEMS:
+            raise ModelError(
+                f"{index_path}: {name} is {library}.{class_name}; code that comes with a model is not run",
+                hint="only components of diffusers and transformers are supported",
+            )
+        # Early hub models keep the files of their single network beside the index, without component folders.
+        place = folder / name if (folder / name).is_dir() else folder
+        if place == folder and len(PIPELINES[pipeline]) > 2:
+            raise ModelError(f"{folder} has no folder {name}", hint="copy the complete diffusers folder")
+        weights = None
+        if name not in ("scheduler", "tokenizer"):
+            if name == "unet":
+                family_of(class_name)
+            weights = find_weights(place, _STEMS[library]) if name not in replaced else None
+        components[name] = Component(name, library, class_name, place, weights)
+    if not (components["scheduler"].folder / "scheduler_config.json").is_file():
+        raise _no_scheduler(folder, [components["scheduler"].folder])
+    return Layout(folder, pipeline, components)
+
+
+def _bare(folder: Path) -> Layout:
+    class_name = read_json(folder / "config.json").get("_class_name")
+    family = family_of(str(class_name))
+    places = [folder / "scheduler", folder, folder.parent / "scheduler"]
+    scheduler = next((place for place in places if (place / "scheduler_config.json").is_file()), None)
+    if scheduler is None:
+        raise _no_scheduler(folder, places)
+    components = {
+        family.component: Component(
+            family.component, "diffusers", family.class_name, folder, find_weights(folder, _STEMS["diffusers"])
+        ),
+        "scheduler": Component("scheduler", "diffusers", "", scheduler, None),
+    }
+    return Layout(folder, None, components)
+
+
+def _no_scheduler(folder: Path, places: list[Path]) -> ModelError:
+    looked = ", ".join(str(place / "scheduler_config.json") for place in places)
+    return ModelError(
+        f"{folder} has no scheduler: looked for {looked}",
+        hint="the noise schedule is part of the model and is not guessed; save the one it was trained with: "
+        f"DDPMScheduler(num_train_timesteps=..., beta_schedule=...).save_pretrained({str(folder / 'scheduler')!r})",
+    )

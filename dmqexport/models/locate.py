@@ -1,0 +1,142 @@
+"""From what the user wrote (preset, hub id, folder) to a folder on this machine."""
+
+import difflib
+import errno
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dmqexport.errors import DmqExportError, ModelError, ResourceError
+from dmqexport.models import emoji
+from dmqexport.models.presets import PRESETS, Preset
+from dmqexport.models.quiet import quiet
+
+_log: Final = logging.getLogger(__name__)
+
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+# Component by component, since hub repositories also hold pickles and whole-checkpoint copies of many gigabytes.
+_CONFIGS: Final = ("model_index.json", "config.json", "scheduler_config.json", "scheduler/*.json", "tokenizer/*")
+_COMPONENTS: Final = ("", "unet/", "vae/", "text_encoder/")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this machine: `name` for people, its folder, and its preset if it has one."""
+
+    name: str
+    folder: Path
+    preset: Preset | None
+
+
+def locate(model: str, revision: str | None) -> Located:
+    """Find `model`: a preset name, a folder, or a hub id `org/name` (the only case that may use the network).
+
+    Raises ModelError when there is none of these, ResourceError when the disk is full or not permitted.
+    """
+    if not model.strip():
+        raise ModelError("no model given", hint=_known())
+    preset = PRESETS.get(model)
+    if preset is not None and preset.hub_id is None:
+        return Located(preset.name, emoji.pipeline_folder(), preset)
+    if preset is not None and preset.hub_id is not None:
+        return Located(preset.name, download(preset.hub_id, revision), preset)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Located(path.resolve().name, path, None)
+    if path.is_file():
+        raise ModelError(
+            f"{model} is a file, expected a diffusers folder",
+            hint="single-file checkpoints are not opened; convert them with diffusers' from_single_file + "
+            "save_pretrained",
+        )
+    # `models/mine` with a folder `models` here is a mistyped path, not a model hub's id.
+    if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
+        by_hub = {preset.hub_id: preset for preset in PRESETS.values()}
+        return Located(model.partition("/")[2], download(model, revision), by_hub.get(model))
+    if "/" in model or "\\" in model or model.startswith((".", "~")):
+        raise ModelError(f"the folder {model} does not exist", hint="give a folder that holds model_index.json")
+    close = difflib.get_close_matches(model.lower(), PRESETS, n=1, cutoff=0.5)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    raise ModelError(f"there is no preset and no folder named {model!r}", hint=guess + _known())
+
+
+def _known() -> str:
+    return f"presets: {', '.join(PRESETS)}; or a hub id org/name; or a diffusers folder"
+
+
+def download(hub_id: str, revision: str | None) -> Path:
+    """Fetch what is needed of a hub model into the shared cache, safetensors only, and return its folder.
+
+    Already cached models need no network. Raises ModelError with what to do when it cannot be fetched.
+    """
+    with quiet():
+        from huggingface_hub import snapshot_download
+
+        _log.info("looking for %s in the local cache, then on the model hub", hub_id)
+        try:
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=_patterns("")))
+            if not any(folder.glob("**/*.safetensors")):
+                # Half precision is taken only where nothing else is offered: the same commit, so that files match.
+                commit = folder.name
+                folder = Path(snapshot_download(hub_id, revision=commit, allow_patterns=_patterns(".fp16")))
+        except Exception as error:
+            raise _refusal(hub_id, revision, error) from error
+    if not (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{hub_id} holds no model_index.json: it is no diffusers model, or only part of it is cached",
+            hint="check the id; with a network, run again to complete the cache",
+        )
+    return folder
+
+
+def _patterns(variant: str) -> list[str]:
+    weights = [
+        f"{component}{stem}{ending}"
+        for component in _COMPONENTS
+        for stem in ("diffusion_pytorch_model", "model")
+        for ending in (
+            f"{variant}.safetensors",
+            f"{variant}-?????-of-?????.safetensors",
+            f".safetensors.index{variant}.json",
+        )
+    ]
+    return [*_CONFIGS, *(f"{component}config.json" for component in _COMPONENTS), *weights]
+
+
+def _refusal(hub_id: str, revision: str | None, error: Exception) -> DmqExportError:
+    """Our error for whatever the hub's client raised."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"no space left to download {hub_id}", hint="free the disk, or point HF_HOME elsewhere")
+    if isinstance(error, PermissionError):
+        return ResourceError(
+            f"the download cache cannot be written for {hub_id}: {error}", hint="point HF_HOME to a writable folder"
+        )
+    if isinstance(error, hub.GatedRepoError):
+        return ModelError(
+            f"{hub_id} is gated: its authors ask you to accept terms first",
+            hint="accept them on the model's page, then run `hf auth login`",
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        return ModelError(f"{hub_id} has no revision {revision!r}", hint="give a branch, tag or commit of that model")
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return ModelError(
+            f"there is no folder {hub_id} here and no model {hub_id} on the hub, or it is private",
+            hint="check the spelling; for a private model run `hf auth login`",
+        )
+    if isinstance(error, hub.HFValidationError):
+        return ModelError(f"{hub_id} is neither a folder nor a valid hub id: {error}", hint=_known())
+    if isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError, TimeoutError)):
+        return ModelError(
+            f"there is no folder {hub_id} here; as a hub id it is not in the local cache and the hub cannot be reached",
+            hint="connect and unset HF_HUB_OFFLINE; or download it elsewhere (`hf download`), copy it here and give "
+            "the folder; `emoji` needs no network",
+        )
+    return ModelError(
+        f"{hub_id} could not be fetched from the model hub: {type(error).__name__}: {error}",
+        hint="try again later, or give a local diffusers folder",
+    )

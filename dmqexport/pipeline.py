@@ -110,6 +110,12 @@ class Build:
         return loaded
 
     @property
+    def denoiser_config(self) -> dict[str, Any]:
+        """The denoiser's diffusers config, without where it was loaded from."""
+        config: Any = self.model.denoiser.config
+        return {key: value for key, value in dict(config).items() if key != "_name_or_path"}
+
+    @property
     def steps(self) -> int:
         """Denoising steps."""
         return self.recipe.sampling.steps or self.model.default_steps
@@ -142,7 +148,7 @@ class Build:
         """Float trajectories: `calibration.safetensors`."""
         recipe = self.recipe
         key = {
-            **self._base_key("trajectories"),
+            **self.base_key("trajectories"),
             "prompts": self.calibration_prompts,
             "size": recipe.calibration.size,
             "seed": recipe.seed,
@@ -426,7 +432,8 @@ class Build:
 
     # shared
 
-    def _base_key(self, stage: str) -> dict[str, Any]:
+    def base_key(self, stage: str) -> dict[str, Any]:
+        """What every stage that samples pictures depends on."""
         return {
             "version": _STAGE_VERSIONS[stage],
             "dmqexport": dmqexport.__version__,

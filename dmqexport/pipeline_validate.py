@@ -1,7 +1,7 @@
 """Judge the deployed graph against the float graph: layer by layer, timestep by timestep, picture by picture."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from dmqexport.models import emoji
 from dmqexport.models.sampling import sample_images, set_denoiser
 from dmqexport.onnx_export import save_model
 from dmqexport.pipeline import Build
-from dmqexport.report.pictures import CAP_DB
+from dmqexport.report.document import CAP_DB
 from dmqexport.report.retrieval import retrieval_accuracy
 from dmqexport.runtime import QuantizedDenoiser
 from dmqexport.target import Target
@@ -69,11 +69,11 @@ class Validation:
         return chosen, [seed * 10_007 + index for index in range(count)]
 
     @cached_property
-    def reference(self) -> Evaluation:
+    def referenced(self) -> StageRecord:
         """Float pictures and trajectory points, cached for every bit width."""
         build, recipe = self.build, self.recipe
         prompts, seeds = self.prompts_and_seeds
-        key = {**build._base_key("reference"), "prompts": prompts, "seeds": seeds, "recorded": recipe.images}
+        key = {**build.base_key("reference"), "prompts": prompts, "seeds": seeds, "recorded": recipe.images}
 
         def run(folder: Path) -> None:
             first = min(recipe.images, len(seeds))
@@ -89,28 +89,29 @@ class Validation:
                     guidance=build.guidance,
                     batch_size=recipe.batch_size,
                     record=record,
-                    progress=lambda done, _, start=start: build.workspace.reporter.progress(start + done, len(seeds)),
+                    progress=_offset(build, start, len(seeds)),
                 )
                 images.append(result.images)
                 if result.calibration is not None:
                     result.calibration.save(folder / "entries.safetensors")
             np.save(folder / "images.npy", np.concatenate(images))
 
-        record = build.workspace.stage("reference", key, run)
-        entries = CalibrationSet.load(record.path / "entries.safetensors")
-        return Evaluation(
-            prompts, seeds, np.load(record.path / "images.npy"), entries.subset(recipe.entries, build.recipe.seed)
-        )
+        return build.workspace.stage("reference", key, run)
+
+    @cached_property
+    def reference(self) -> Evaluation:
+        """What the float model does."""
+        folder = self.referenced.path
+        entries = CalibrationSet.load(folder / "entries.safetensors")
+        subset = entries.subset(self.recipe.entries, self.build.recipe.seed)
+        return Evaluation(*self.prompts_and_seeds, np.load(folder / "images.npy"), subset)
 
     # Deployed graph
 
     @cached_property
     def runner(self) -> OrtRunner:
         """The deployed graph in ONNX Runtime (for TensorRT targets: the very graph the engine is built from)."""
-        reference = self.build.recipe.target in (Target.TRT, Target.TRT_RTX, Target.ONNX)
-        # Fusions of Q/DQ graphs may saturate on some CPUs; only the graph lowered for this runtime may use them.
-        level = Optimization.REFERENCE if reference else Optimization.FAST
-        return OrtRunner(self.build.deployed_graph, optimization=level)
+        return OrtRunner(self.build.deployed_graph, optimization=_level(self.build.recipe.target))
 
     @cached_property
     def measured(self) -> StageRecord:
@@ -119,13 +120,11 @@ class Validation:
         key = {
             "version": 1,
             "passes": build.passed.fingerprint,
-            "reference": build.workspace.records and [self.reference.seeds, self.reference.prompts],
-            "steps": build.steps,
-            "guidance": build.guidance,
+            "reference": self.referenced.fingerprint,
             "validation": recipe.model_dump(mode="json", exclude={"gates", "latency_batch", "latency_runs"}),
             "seed": build.recipe.seed,
         }
-        reference = self.reference  # its own stage, finished before this one starts
+        reference = self.reference
 
         def run(folder: Path) -> None:
             eps = self._predicted_noise(reference.entries)
@@ -203,7 +202,7 @@ class Validation:
             tapped[label] = path
         try:
             float_runner = OrtRunner(tapped["float"])
-            deployed = OrtRunner(tapped["deployed"], optimization=_level(self.runner, self.build.recipe.target))
+            deployed = OrtRunner(tapped["deployed"], optimization=_level(self.build.recipe.target))
             rows = np.asarray(plan.row_map)[entries.timesteps.numpy()]
             chosen = _spread_over_rows(rows, self.recipe.layer_entries)
             signal = {name: np.zeros(plan.rows) for name in wanted}
@@ -238,7 +237,7 @@ class Validation:
         build = self.build
         component = build.model.family.component
         original = getattr(build.model.pipeline, component)
-        denoiser = QuantizedDenoiser(self.runner, dict(build.model.denoiser.config), build.model.num_train_timesteps)
+        denoiser = QuantizedDenoiser(self.runner, build.denoiser_config, build.model.num_train_timesteps)
         set_denoiser(build.model.pipeline, denoiser)
         try:
             result = sample_images(
@@ -261,7 +260,7 @@ class Validation:
         ssim = structural_similarity_index_measure(left, right, data_range=1.0)
         result: dict[str, Any] = {
             "image_psnr_db": CAP_DB if error == 0 else min(CAP_DB, float(10 * np.log10(255.0**2 / error))),
-            "image_ssim": float(ssim),  # type: ignore[arg-type]  # one tensor when no full image is asked for
+            "image_ssim": float(torch.as_tensor(ssim)),
             "image_count": len(images),
         }
         if self.judges_retrieval:
@@ -301,7 +300,13 @@ def sqnr_db(signal: float, noise: float) -> float | None:
     return CAP_DB if noise <= 0 else float(np.clip(10 * np.log10(signal / noise), -CAP_DB, CAP_DB))
 
 
-def _level(runner: OrtRunner, target: Target) -> Optimization:
+def _offset(build: Build, start: int, total: int) -> Callable[[int, int], None]:
+    """Progress of one part of a longer list."""
+    return lambda done, _: build.workspace.reporter.progress(start + done, total)
+
+
+def _level(target: Target) -> Optimization:
+    # Fusions of Q/DQ graphs may saturate on some CPUs; only the graph lowered for this runtime may use them.
     return Optimization.FAST if target is Target.ORT_CPU else Optimization.REFERENCE
 
 

@@ -1,0 +1,163 @@
+"""Assemble the deployable folder and put it in place in one rename."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dmqexport
+from dmqexport.bundle import GRAPH, GRID, OWN_FOLDER, RECIPE, write_manifest
+from dmqexport.pipeline import Build, Stage, copy_graph
+from dmqexport.pipeline_report import ReportBuilder, environment
+from dmqexport.pipeline_validate import Validation
+from dmqexport.report.html import write_report
+from dmqexport.report.pictures import picture_grid
+from dmqexport.target import Target
+from dmqexport.workspace import replacing
+from engines.ort import OrtRunner
+
+#: Folders of a diffusers pipeline that a deployed denoiser still needs.
+_COMPANIONS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "vae", "vqvae")
+_SKIPPED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")
+_PICTURE_PIXELS = 256
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished bundle. failed_gates: names of gates that did not pass; missing: message of a missing backend."""
+
+    path: Path
+    document: dict[str, Any]
+    failed_gates: tuple[str, ...]
+    missing: str | None
+
+
+def run_build(build: Build) -> BuildResult:
+    """Run every stage and write the bundle. The bundle is written even when a gate fails, and says so."""
+    build.run(Stage.COMPILE)
+    validation = Validation(build)
+    report = ReportBuilder(build, validation)
+    document = report.document()
+    reporter = build.workspace.reporter
+    reporter.started(Stage.BUNDLE)
+    with replacing(build.output) as folder:
+        _copy_companions(build, folder)
+        _copy_denoiser(build, folder)
+        own = folder / OWN_FOLDER
+        own.mkdir()
+        build.plan.save(own)
+        (folder / RECIPE).write_text(build.recipe.to_yaml(), encoding="utf-8")
+        pictures = report.pictures()
+        write_report(document, pictures, own)
+        scale = max(1, _PICTURE_PIXELS // 4 // pictures.fp.shape[2])
+        picture_grid(pictures, scale, labels=("FP32", build.plan.bits.upper())).save(folder / GRID)
+        if build.compiled.missing is not None:
+            _write_finish_script(build, folder)
+        write_manifest(folder, _manifest(build, report))
+    reporter.finished(Stage.BUNDLE, 0.0, False)
+    failed = tuple(gate["name"] for gate in report.gates if gate["passed"] is False)
+    return BuildResult(build.output, document, failed, build.compiled.missing)
+
+
+def _copy_companions(build: Build, folder: Path) -> None:
+    source = build.model.folder
+    index = source / "model_index.json"
+    if index.is_file():
+        shutil.copyfile(index, folder / index.name)
+        for name in _COMPANIONS:
+            if (source / name).is_dir():
+                shutil.copytree(source / name, folder / name, ignore=_ignored)
+    else:
+        pipeline = build.model.pipeline
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+        if not build.model.random_embeddings:
+            # A bare UNet becomes the pipeline that sampled it, so that the bundle can be run.
+            index_of = {
+                "_class_name": type(pipeline).__name__,
+                "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+                build.model.family.component: ["diffusers", build.model.family.class_name],
+            }
+            (folder / "model_index.json").write_text(json.dumps(index_of, indent=1) + "\n", encoding="utf-8")
+
+
+def _ignored(directory: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith(_SKIPPED_SUFFIXES) or name.startswith(".")]
+
+
+def _copy_denoiser(build: Build, folder: Path) -> None:
+    component = folder / build.model.family.component
+    component.mkdir()
+    (component / "config.json").write_text(
+        json.dumps(
+            {"_class_name": build.model.family.class_name, **build.denoiser_config},
+            indent=1,
+            sort_keys=True,
+            default=list,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+    copy_graph(build.deployed_graph, component, GRAPH)
+    if build.compiled.engine is not None:
+        target = component / "engines" / engine_folder(build)
+        target.mkdir(parents=True)
+        shutil.copyfile(build.compiled.engine, target / "engine.plan")
+
+
+def engine_folder(build: Build) -> str:
+    """`<target>-<arch>-<version>`; RTX engines are built for every architecture the builder supports."""
+    document = build.compiled.document
+    return f"{document['target']}-{document.get('arch', 'any')}-{document['version']}"
+
+
+def _write_finish_script(build: Build, folder: Path) -> None:
+    from engines.trt import TrtFlavor, write_finish_script
+
+    component = build.model.family.component
+    flavor = TrtFlavor.RTX if build.recipe.target is Target.TRT_RTX else TrtFlavor.TRT
+    write_finish_script(
+        folder,
+        f"{component}/{GRAPH}",
+        flavor=flavor,
+        profiles=build.profiles,
+        expected={name: nodes for name, nodes in build.compute_nodes.items() if build.plan.layer(name).activation_bits},
+        engines_relpath=f"{component}/engines",
+    )
+
+
+def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
+    runner = OrtRunner(build.deployed_graph)
+    signature = [
+        {"name": item.name, "type": item.type, "shape": list(item.shape)} for item in runner.session.get_inputs()
+    ]
+    features = ["vnni"] if build.recipe.target is Target.ORT_CPU and build.vnni else []
+    packages = environment()["packages"]
+    return {
+        "dmqexport_version": dmqexport.__version__,
+        "model": {
+            "name": build.model.name,
+            "source": build.model.source,
+            "family": build.model.family.class_name,
+            "fingerprint": build.model.fingerprint,
+        },
+        "component": build.model.family.component,
+        "bits": build.plan.bits,
+        "target": build.recipe.target.value,
+        "rows": build.plan.rows,
+        "num_timesteps": len(build.plan.row_map),
+        "plan_fingerprint": build.plan.fingerprint,
+        "inputs": signature,
+        "outputs": list(runner.output_names),
+        "session": {"config": {}, "cpu_features": features},
+        "sampling": {"steps": build.steps, "guidance": build.guidance},
+        "engine": {
+            key: build.compiled.document[key] for key in ("target", "version", "layers_proven", "layers_planned")
+        }
+        if build.compiled.document
+        else None,
+        "finish_command": "python finish_on_gpu.py" if build.compiled.missing is not None else None,
+        "gates_passed": not any(gate["passed"] is False for gate in report.gates),
+        "seed": build.recipe.seed,
+        "packages": packages,
+    }

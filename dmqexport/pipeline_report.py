@@ -1,0 +1,330 @@
+"""From metrics to the report document, its gates and its suggestions."""
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+import dmqexport
+from dmqexport.pipeline import Build
+from dmqexport.pipeline_validate import Validation
+from dmqexport.quant_plan import LayerQuant
+from dmqexport.report.pictures import ReportImages
+from dmqexport.target import Target
+from engines.compare import GraphComparison, LintFinding, compare_graphs, lint_graph
+from passes.lower.ort_cpu import FUSED_PRODUCT
+
+_GRID_PICTURES = 16
+_INTEGER_OPS = (FUSED_PRODUCT, "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+#: Polygraphy's comparison fails above this mean error relative to the mean output; float noise of 3 dB SQNR.
+_MAX_MEAN_RELATIVE_ERROR = 0.7
+
+
+class ReportBuilder:
+    """Collects everything the report says about one build."""
+
+    def __init__(self, build: Build, validation: Validation) -> None:
+        self.build = build
+        self.validation = validation
+
+    def document(self) -> dict[str, Any]:
+        """The report document, as `dmqexport.report.document` defines it."""
+        build, metrics = self.build, self.validation.metrics
+        plan, notes = build.plan, self._notes()
+        layers = self._layers(metrics)
+        latency = self.validation.latency
+        return {
+            "schema_version": 1,
+            "dmqexport_version": dmqexport.__version__,
+            "created": None,
+            "model": {
+                "name": build.model.name,
+                "family": build.model.family.class_name,
+                "parameters": sum(p.numel() for p in build.model.denoiser.parameters()),
+                "source": build.model.source,
+            },
+            "bits": plan.bits,
+            "target": build.recipe.target.value,
+            "recipe": build.recipe.model_dump(mode="json"),
+            "metrics": {
+                key: metrics.get(key)
+                for key in (
+                    "eps_sqnr_db",
+                    "image_psnr_db",
+                    "image_ssim",
+                    "image_count",
+                    "retrieval_accuracy",
+                    "retrieval_accuracy_fp",
+                    "retrieval_count",
+                    "canonical_max_rel_error",
+                    "canonical_sqnr_db",
+                    "by_timestep",
+                )
+            },
+            "layers": layers,
+            "rows": [{"row": row, "timestep_min": low, "timestep_max": high} for row, low, high in plan.row_ranges()],
+            "size_bytes": self._sizes(),
+            "latency": latency,
+            "operators": self._operators(),
+            "gates": self.gates,
+            "engine": self._engine(),
+            "polygraphy": self._polygraphy(),
+            "stages": [
+                {
+                    "name": record.name,
+                    "seconds": record.seconds,
+                    "cached": record.cached,
+                    "peak_rss_bytes": record.peak_rss_bytes,
+                }
+                for record in build.workspace.records
+            ],
+            "environment": environment(),
+            "images": {
+                "prompts": self.validation.reference.prompts[:_GRID_PICTURES],
+                "seeds": self.validation.reference.seeds[:_GRID_PICTURES],
+                "note": f"{build.steps} steps, guidance {build.guidance:g}, same seeds on both sides",
+            },
+            "warnings": self._warnings(),
+            "suggestions": self._suggestions(layers),
+            "notes": notes,
+        }
+
+    def pictures(self) -> ReportImages:
+        """The first pictures of both sides."""
+        reference = self.validation.reference
+        count = min(_GRID_PICTURES, len(reference.images))
+        captions = reference.prompts[:count] or [f"seed {seed}" for seed in reference.seeds[:count]]
+        return ReportImages(reference.images[:count], self.validation.images[:count], captions)
+
+    # Parts
+
+    @cached_property
+    def gates(self) -> list[dict[str, Any]]:
+        """Every gate of the recipe that has a threshold, measured."""
+        thresholds, metrics = self.build.recipe.validation.gates, self.validation.metrics
+        found: list[dict[str, Any]] = []
+
+        def gate(name: str, threshold: float | None, measured: float | None, unit: str, direction: str) -> None:
+            if threshold is None:
+                return
+            passed = None
+            if measured is not None:
+                passed = bool(measured >= threshold if direction == "min" else measured <= threshold)
+            found.append(
+                {
+                    "name": name,
+                    "threshold": threshold,
+                    "measured": measured,
+                    "passed": passed,
+                    "unit": unit,
+                    "direction": direction,
+                }
+            )
+
+        gate("eps_sqnr_db", thresholds.eps_sqnr_db, metrics["eps_sqnr_db"], "dB", "min")
+        gate("image_psnr_db", thresholds.image_psnr_db, metrics["image_psnr_db"], "dB", "min")
+        gate("image_ssim", thresholds.image_ssim, metrics["image_ssim"], "", "min")
+        drop = None
+        if metrics.get("retrieval_accuracy") is not None:
+            drop = metrics["retrieval_accuracy_fp"] - metrics["retrieval_accuracy"]
+        gate("retrieval_drop", thresholds.retrieval_drop, drop, "", "max")
+        latency = self.validation.latency if thresholds.latency_ratio is not None else None
+        gate("latency_ratio", thresholds.latency_ratio, None if latency is None else latency["ratio"], "", "max")
+        return found
+
+    def _layers(self, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+        build = self.build
+        plan = build.plan
+        macs = {info.name: info for info in build.probe_result.layers}
+        types = self.graph_compute
+        layers = []
+        for layer in plan.layers:
+            measured = metrics["layers"][layer.name]
+            layers.append(
+                {
+                    "name": layer.name,
+                    "op": layer.op.value,
+                    "nominal_bits": {"weight": layer.weight_bits, "activation": layer.activation_bits},
+                    "storage_bits": self._storage_bits(layer),
+                    "compute": types.get(layer.name, "float32"),
+                    "sqnr_db": measured["sqnr_db"],
+                    "sqnr_by_row": measured["by_row"],
+                    "parameters": layer.parameters,
+                    "macs": macs[layer.name].macs,
+                    "reason": layer.reason or None,
+                }
+            )
+        for name, reason in plan.float_layers.items():
+            info = macs.get(name)
+            layers.append(
+                {
+                    "name": name,
+                    "op": info.op.value if info is not None else "attention" if "attention" in reason else "other",
+                    "nominal_bits": {"weight": None, "activation": None},
+                    "storage_bits": {"weight": 32 if info is not None else None, "activation": None},
+                    "compute": "float32",
+                    "sqnr_db": None,
+                    "sqnr_by_row": [None] * plan.rows,
+                    "parameters": info.parameters if info is not None else 0,
+                    "macs": info.macs if info is not None else None,
+                    "reason": reason,
+                }
+            )
+        return layers
+
+    @cached_property
+    def graph_compute(self) -> dict[str, str]:
+        """Type that multiplies each planned layer, read from the deployed graph (or proven by the engine)."""
+        build = self.build
+        if build.recipe.target in (Target.TRT, Target.TRT_RTX):
+            proven = {proof["layer"] for proof in build.compiled.document.get("proofs", ())}
+            return {layer.name: "int8" if layer.name in proven else "unproven" for layer in build.plan.layers}
+        model = ir.load(build.deployed_graph)
+        nodes = {node.name: node for node in model.graph}
+        result = {}
+        for name, members in build.compute_nodes.items():
+            result[name] = "int8" if all(nodes[member].op_type in _INTEGER_OPS for member in members) else "float32"
+        return result
+
+    def _storage_bits(self, layer: LayerQuant) -> dict[str, int | None]:
+        """Container of the weights in the deployed file; activations travel in int8."""
+        weight = 8
+        if layer.weight_bits <= 4 and self.build.recipe.target in (Target.ONNX, Target.ORT_CPU):
+            weight = 4
+        return {"weight": weight, "activation": None if layer.activation_bits is None else 8}
+
+    def _sizes(self) -> dict[str, int]:
+        parameters = sum(p.numel() for p in self.build.model.denoiser.parameters())
+        quantized = sum(layer.parameters for layer in self.build.plan.layers)
+        nominal = sum(layer.parameters * layer.weight_bits for layer in self.build.plan.layers) / 8
+        graph = self.build.deployed_graph
+        data = graph.with_name(graph.name + ".data")
+        return {
+            "float": parameters * 4,
+            "nominal": round(nominal + (parameters - quantized) * 4),
+            "storage": graph.stat().st_size + (data.stat().st_size if data.is_file() else 0),
+        }
+
+    def _operators(self) -> dict[str, dict[str, int]]:
+        """Operators by compute type: what the engine proved, or what the deployed graph holds."""
+        build = self.build
+        counts: dict[str, Counter[str]] = {}
+        planned = {node for nodes in build.compute_nodes.values() for node in nodes}
+        types = {node: self.graph_compute[name] for name, nodes in build.compute_nodes.items() for node in nodes}
+        heavy = {"Conv", "MatMul", "Gemm", *_INTEGER_OPS}
+        for node in ir.load(build.deployed_graph).graph:
+            if node.op_type in heavy:
+                kind = types[str(node.name)] if node.name in planned else "float32"
+                if node.name not in planned and node.op_type in _INTEGER_OPS:
+                    kind = "int8"
+                counts.setdefault(kind, Counter())[node.op_type] += 1
+        return {kind: dict(sorted(counter.items())) for kind, counter in sorted(counts.items())}
+
+    def _engine(self) -> dict[str, Any] | None:
+        compiled = self.build.compiled
+        if not self.build.profile.builds_engine:
+            return None
+        if compiled.missing is not None:
+            return {"target": self.build.recipe.target.value, "note": compiled.missing.splitlines()[0]}
+        kept = ("target", "version", "seconds", "bytes", "layers_proven", "layers_planned")
+        return {**{key: compiled.document[key] for key in kept}, "note": "precision read back from the builder's log"}
+
+    @cached_property
+    def comparison(self) -> GraphComparison:
+        """Polygraphy's comparison of the deployed graph with the float graph."""
+        entries = self.validation.reference.entries
+        index = np.linspace(0, len(entries) - 1, 4).astype(int)
+        inputs = [
+            {name: value[i : i + 1].numpy() for name, value in entries.inputs.items()} for i in index
+        ]  # one sample each: a step of the loop as the graph sees it
+        return compare_graphs(
+            self.build.float_graph,
+            self.build.deployed_graph,
+            inputs,
+            max_mean_relative_error=_MAX_MEAN_RELATIVE_ERROR,
+        )
+
+    @cached_property
+    def lint(self) -> list[LintFinding]:
+        """Polygraphy's lint of the deployed graph."""
+        return lint_graph(self.build.deployed_graph)
+
+    def _polygraphy(self) -> dict[str, Any]:
+        comparison = self.comparison
+        return {
+            "lint": [{"level": f.level, "node": f.node, "message": f.message} for f in self.lint],
+            "compared_outputs": len(comparison.outputs),
+            "passed": comparison.passed and not any(finding.level == "error" for finding in self.lint),
+            "note": comparison.note,
+        }
+
+    def _notes(self) -> dict[str, str]:
+        notes: dict[str, str] = {}
+        target = self.build.recipe.target
+        if not self.validation.judges_retrieval:
+            notes["metrics.retrieval_accuracy"] = "only the bundled model has a gallery to search"
+        if target in (Target.TRT, Target.TRT_RTX):
+            notes["latency"] = "engines run on a GPU; metrics are of the graph the engine is built from, run on the CPU"
+        elif target is Target.ONNX:
+            notes["latency"] = "the canonical graph states the integers; it is not meant to be fast"
+        return notes
+
+    def _warnings(self) -> list[str]:
+        warnings = []
+        if self.build.compiled.missing is not None:
+            warnings.append(f"no engine was built: {self.build.compiled.missing.splitlines()[0]}")
+        if self.validation.latency is not None and self.validation.latency["ratio"] >= 1:
+            warnings.append("the quantized graph is not faster than float32 on this machine")
+        if self.build.recipe.target is Target.ORT_CPU and self.build.vnni:
+            warnings.append("built for CPUs with VNNI; use --set lowering.cpu_isa=portable for older ones")
+        return warnings
+
+    def _suggestions(self, layers: list[dict[str, Any]]) -> list[str]:
+        """What to try first, from the layers that hurt most."""
+        planned = [layer for layer in layers if layer["sqnr_db"] is not None]
+        worst = sorted(planned, key=lambda layer: float(layer["sqnr_db"]))[:3]
+        found = []
+        narrow = [layer["name"] for layer in worst if (layer["nominal_bits"]["weight"] or 8) < 8]
+        if narrow:
+            option = " ".join(f"--set 'quantization.overrides={{{name}: w8a8}}'" for name in narrow[:1])
+            found.append(f"worst layers: {', '.join(narrow)}; give them 8 bits, e.g. {option}")
+        if self.build.plan.rows < self.build.steps:
+            found.append(f"one table row a step (--rows {self.build.steps}) follows the activations more closely")
+        if any(gate["passed"] is False for gate in self.gates):
+            found.append("a gate failed: raise --bits, or give the worst layers more bits")
+        return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the report and the manifest."""
+    from importlib import metadata
+
+    packages: dict[str, str | None] = {}
+    for name in ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "polygraphy", "numpy"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "packages": packages,
+        "cores": os.cpu_count(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

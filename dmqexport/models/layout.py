@@ -7,7 +7,7 @@ from typing import Final
 
 from dmqexport.errors import ModelError
 from dmqexport.models.family import family_of
-from dmqexport.models.weight_files import WeightFiles, check_safetensors, find_weights, read_json
+from dmqexport.models.weight_files import WeightFiles, check_safetensors, file_errors, find_weights, read_json
 
 #: supported pipelines and the components that are loaded; the others (safety checker, image encoder) are left out.
 PIPELINES: Final[dict[str, tuple[str, ...]]] = {
@@ -59,15 +59,16 @@ def read_layout(folder: Path, replaced: frozenset[str] = frozenset()) -> Layout:
     Raises ModelError for a folder that is no model, an unsupported pipeline or denoiser, missing, pickled, truncated
     or damaged files, and components whose class is custom code.
     """
-    if (folder / "model_index.json").is_file():
-        layout = _pipeline(folder, replaced)
-    elif (folder / "config.json").is_file():
-        layout = _bare(folder)
-    else:
-        raise ModelError(
-            f"{folder} is no model folder: it has neither model_index.json nor config.json",
-            hint="give the folder that diffusers' save_pretrained wrote",
-        )
+    with file_errors(folder):
+        if (folder / "model_index.json").is_file():
+            layout = _pipeline(folder, replaced)
+        elif (folder / "config.json").is_file():
+            layout = _bare(folder)
+        else:
+            raise ModelError(
+                f"{folder} is no model folder: it has neither model_index.json nor config.json",
+                hint="give the folder that diffusers' save_pretrained wrote",
+            )
     for component in layout.components.values():
         for path in component.weights.files if component.weights is not None else ():
             check_safetensors(path)

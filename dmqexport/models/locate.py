@@ -12,6 +12,7 @@ from dmqexport.errors import DmqExportError, ModelError, ResourceError
 from dmqexport.models import emoji
 from dmqexport.models.presets import PRESETS, Preset
 from dmqexport.models.quiet import quiet
+from dmqexport.models.weight_files import file_errors
 
 _log: Final = logging.getLogger(__name__)
 
@@ -43,10 +44,15 @@ def locate(model: str, revision: str | None) -> Located:
         return Located(preset.name, emoji.pipeline_folder(), preset)
     if preset is not None and preset.hub_id is not None:
         return Located(preset.name, download(preset.hub_id, revision), preset)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"{model}: no home folder of that name") from error
+    with file_errors(path):
+        is_folder, is_file = path.is_dir(), path.is_file()
+    if is_folder:
         return Located(path.resolve().name, path, None)
-    if path.is_file():
+    if is_file:
         raise ModelError(
             f"{model} is a file, expected a diffusers folder",
             hint="single-file checkpoints are not opened; convert them with diffusers' from_single_file + "

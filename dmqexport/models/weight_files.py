@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,15 +29,23 @@ class WeightFiles:
     variant: str | None
 
 
+@contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses inside the block into ResourceError (permission) or ModelError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ResourceError(f"{error.filename or path} cannot be read: permission denied") from error
+    except OSError as error:
+        raise ModelError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; raises ModelError (ResourceError without permission) naming the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist", hint="copy the complete diffusers folder") from error
-    except PermissionError as error:
-        raise ResourceError(f"{path} cannot be read: permission denied") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        with file_errors(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ModelError(f"{path} is not readable JSON: {error}", hint="copy or download this file again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a JSON {type(content).__name__}, expected an object")
@@ -90,16 +99,11 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 def check_safetensors(path: Path) -> None:
     """Compare the header of `path` with its size, without reading the weights; raises ModelError naming the file."""
-    try:
+    with file_errors(path), path.open("rb") as stream:
         size = path.stat().st_size
-        with path.open("rb") as stream:
-            head = stream.read(8)
-            length = int.from_bytes(head, "little")
-            raw = stream.read(length) if len(head) == 8 and length <= min(size - 8, _LARGEST_HEADER) else b""
-    except PermissionError as error:
-        raise ResourceError(f"{path} cannot be read: permission denied") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        head = stream.read(8)
+        length = int.from_bytes(head, "little")
+        raw = stream.read(length) if len(head) == 8 and length <= min(size - 8, _LARGEST_HEADER) else b""
     if head == b"version ":
         raise ModelError(f"{path} is a Git LFS pointer, not the weights", hint="run `git lfs pull` in that checkout")
     if not raw:
@@ -130,7 +134,7 @@ def _data_size(path: Path, raw: bytes) -> int:
                     hint="copy or download this file again",
                 )
             end = last
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{path} is damaged: its header is not what safetensors writes", hint="copy or download this file again"
         ) from error
@@ -152,7 +156,7 @@ def digest(parts: Iterable[tuple[str, Path]], *words: str) -> str:
             kept = {key: value for key, value in read_json(path).items() if key not in saver}
             inner.update(json.dumps(kept, sort_keys=True).encode())
         else:
-            with path.open("rb") as stream:
+            with file_errors(path), path.open("rb") as stream:
                 while chunk := stream.read(_CHUNK):
                     inner.update(chunk)
         total.update(f"{name}\0{inner.hexdigest()}\n".encode())

@@ -1,0 +1,532 @@
+"""Loading: what is accepted, what is refused and with which words, and that the terminal stays clean."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+
+from dmqexport.errors import DmqExportError, ModelError, ResourceError
+from dmqexport.models import emoji, locate
+from dmqexport.models.loading import LoadedModel, load_model, pipeline_from_folder
+from dmqexport.models.presets import PRESETS, emoji_prompts, text_prompts
+from dmqexport.models.schedulers import SCHEDULERS, scheduler_class
+from tests.models.tiny_pipelines import TOKENS, WIDTH, conditional_unet, copy, save_text, save_unconditional
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text") / "tiny-text")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_unconditional(tmp_path_factory.mktemp("plain") / "tiny-ddpm")
+
+
+def assert_ready(loaded: LoadedModel) -> None:
+    assert not loaded.denoiser.training
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.denoiser.parameters())
+    assert loaded.denoiser is getattr(loaded.pipeline, loaded.family.component)
+    prediction = loaded.family.wrap(loaded.denoiser)(**loaded.example_inputs(2))
+    assert prediction.shape == loaded.example_inputs(2)["sample"].shape
+
+
+# Accepted
+
+
+def test_bundled_model_loads_without_network() -> None:
+    loaded = load_model("emoji")
+    assert_ready(loaded)
+    assert (loaded.name, loaded.source, loaded.tokens, loaded.num_train_timesteps) == ("emoji", "emoji", 16, 1000)
+    assert (loaded.default_steps, loaded.default_guidance, loaded.preset) == (20, 3.0, PRESETS["emoji"])
+    assert loaded.example_inputs(3)["encoder_hidden_states"].shape == (3, 16, 128)
+
+
+def test_text_folder(text: Path) -> None:
+    loaded = load_model(str(text))
+    assert_ready(loaded)
+    assert (loaded.name, loaded.tokens, loaded.default_steps, loaded.default_guidance) == ("tiny-text", TOKENS, 50, 7.5)
+    assert loaded.default_prompts == text_prompts()
+    assert loaded.preset is None
+
+
+def test_unconditional_folder(plain: Path) -> None:
+    loaded = load_model(str(plain))
+    assert_ready(loaded)
+    assert type(loaded.pipeline).__name__ == "DDPMPipeline"
+    assert (loaded.tokens, loaded.num_train_timesteps, loaded.default_steps) == (None, 20, 20)
+    assert loaded.default_prompts == ()
+
+
+@pytest.mark.parametrize("place", ["unet/scheduler", "unet", "scheduler"])
+def test_bare_unet_takes_the_scheduler_beside_it(plain: Path, tmp_path: Path, place: str) -> None:
+    copy(plain / "unet", tmp_path / "unet")
+    DDIMScheduler(num_train_timesteps=50).save_pretrained(tmp_path / place)
+    loaded = load_model(str(tmp_path / "unet"))
+    assert_ready(loaded)
+    assert type(loaded.pipeline).__name__ == "DDIMPipeline"
+    assert (loaded.num_train_timesteps, loaded.default_steps) == (50, 50)
+
+
+def test_flat_hub_layout_of_early_models(plain: Path, tmp_path: Path) -> None:
+    """google/ddpm-* keep network and scheduler beside model_index.json, and name attention layers the old way."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (plain / "model_index.json", *(plain / "unet").iterdir(), *(plain / "scheduler").iterdir()):
+        shutil.copy(path, flat / path.name)
+    weights = flat / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(key: str) -> str:
+        for new, former in old.items():
+            key = key.replace(f"attentions.0.{new}.", f"attentions.0.{former}.")
+        return key
+
+    renamed = {rename(key): value for key, value in load_file(weights).items()}
+    assert any("proj_attn" in key for key in renamed)
+    save_file(renamed, weights)
+    loaded, expected = load_model(str(flat)), load_model(str(plain))
+    state = loaded.denoiser.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in expected.denoiser.state_dict().items())
+
+
+def test_bare_conditional_unet_needs_an_explicit_word(tmp_path: Path) -> None:
+    conditional_unet().save_pretrained(tmp_path)
+    DDIMScheduler().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match='embeddings="random"'):
+        load_model(str(tmp_path))
+    loaded = load_model(str(tmp_path), embeddings="random")
+    assert_ready(loaded)
+    assert (loaded.random_embeddings, loaded.tokens, loaded.default_guidance) == (True, 77, 1.0)
+    assert loaded.example_inputs()["encoder_hidden_states"].shape == (2, 77, WIDTH)
+
+
+def test_half_precision_is_widened(text: Path, tmp_path: Path) -> None:
+    folder = copy(text, tmp_path / "half")
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        path = folder / f"{name}.safetensors"
+        save_file({key: value.half() for key, value in load_file(path).items()}, folder / f"{name}.fp16.safetensors")
+        path.unlink()
+    loaded = load_model(str(folder))
+    assert_ready(loaded)
+    parts = (loaded.pipeline.vae, loaded.pipeline.text_encoder)
+    assert all(p.dtype == torch.float32 for part in parts for p in part.parameters())
+
+
+def test_shards(plain: Path, tmp_path: Path) -> None:
+    folder = copy(plain, tmp_path / "sharded")
+    whole = load_model(str(plain)).denoiser
+    (folder / UNET).unlink()
+    whole.save_pretrained(folder / "unet", max_shard_size="40KB")
+    assert not (folder / UNET).exists()
+    state = load_model(str(folder)).denoiser.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
+    shard = sorted((folder / "unet").glob("*-of-*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(ModelError, match=shard.name):
+        load_model(str(folder))
+
+
+def test_fingerprint_follows_content_and_scheduler_but_not_the_place(plain: Path, tmp_path: Path) -> None:
+    moved = copy(plain, tmp_path / "elsewhere")
+    config = moved / "unet" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "_name_or_path": "/home/me", "_diffusers_version": "0.1"}))
+    reference = load_model(str(plain)).fingerprint
+    assert len(reference) == 64
+    assert load_model(str(moved)).fingerprint == reference
+    assert load_model(str(plain), scheduler="ddpm").fingerprint == reference
+    assert load_model(str(plain), scheduler="ddim").fingerprint != reference
+    tensors = load_file(moved / UNET)
+    tensors["conv_in.bias"] += 1
+    save_file(tensors, moved / UNET)
+    assert load_model(str(moved)).fingerprint != reference
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scheduler_by_short_name(text: Path, name: str) -> None:
+    scheduler = load_model(str(text), scheduler=name).pipeline.scheduler
+    assert type(scheduler).__name__ == SCHEDULERS[name]
+    # The noise schedule stays the model's.
+    assert scheduler.config.steps_offset == 1 or not hasattr(scheduler.config, "steps_offset")
+    assert scheduler_class(SCHEDULERS[name]) == SCHEDULERS[name]
+
+
+def test_unconditional_pipelines_follow_the_scheduler(plain: Path) -> None:
+    assert type(load_model(str(plain), scheduler="ddim").pipeline).__name__ == "DDIMPipeline"
+    assert type(load_model(str(plain), scheduler="dpm-solver").pipeline).__name__ == "DDPMPipeline"
+    with pytest.raises(ModelError, match="ddim, ddpm, dpm-solver"):
+        load_model(str(plain), scheduler="euler")
+
+
+def test_pipeline_from_folder_takes_a_replacement_without_weights(text: Path, tmp_path: Path) -> None:
+    folder = copy(text, tmp_path / "bundle")
+    (folder / UNET).unlink()
+    denoiser = load_model(str(text)).denoiser
+    assert pipeline_from_folder(folder, {"unet": denoiser}).unet is denoiser
+    with pytest.raises(ModelError, match="unet"):
+        pipeline_from_folder(folder, {})
+
+
+# Refused
+
+
+@dataclass(frozen=True)
+class Damage:
+    name: str
+    harm: Callable[[Path], Any]
+    says: tuple[str, ...]
+    model: str = "text"
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    settings = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+
+
+def _tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], name: str = UNET) -> None:
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name)
+
+
+def _pickle(folder: Path) -> None:
+    (folder / UNET).rename(folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def _bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+DAMAGES = [
+    Damage("no weights", lambda f: (f / UNET).unlink(), ("unet", "no weights", "diffusion_pytorch_model.safetensors")),
+    Damage("only pickles", _pickle, ("diffusion_pytorch_model.bin", "pickle", "safe_serialization")),
+    Damage("truncated weights", _bytes(UNET, lambda b: b[:-100]), (UNET, "truncated", "expected")),
+    Damage("truncated header", _bytes(UNET, lambda b: b[:50]), (UNET, "truncated")),
+    Damage("empty file", _bytes(UNET, lambda b: b""), (UNET, "0 bytes")),
+    Damage("bytes appended", _bytes(UNET, lambda b: b + b"xx"), (UNET, "damaged", "expected")),
+    Damage("header of garbage", _bytes(UNET, lambda b: b[:8] + b"\xff" * (len(b) - 8)), (UNET, "damaged", "header")),
+    Damage("header of a list", _bytes(UNET, lambda b: (2).to_bytes(8, "little") + b"[]"), (UNET, "damaged")),
+    Damage("lfs pointer", _bytes(UNET, lambda b: b"version https://git-lfs.github.com/spec/v1\n"), (UNET, "lfs pull")),
+    Damage(
+        "truncated autoencoder",
+        _bytes("vae/diffusion_pytorch_model.safetensors", lambda b: b[:-1]),
+        ("vae/diffusion_pytorch_model.safetensors", "truncated"),
+    ),
+    Damage(
+        "NaN weights",
+        lambda f: _tensors(f, lambda t: t["conv_in.weight"].view(-1)[3].fill_(float("nan"))),
+        ("conv_in.weight", "1 NaN", "unet"),
+    ),
+    Damage(
+        "infinite text encoder",
+        lambda f: _tensors(
+            f, lambda t: t[sorted(t)[0]].view(-1)[:2].fill_(float("inf")), "text_encoder/model.safetensors"
+        ),
+        ("text_encoder", "2 NaN or infinite"),
+    ),
+    Damage("tensor missing", lambda f: _tensors(f, lambda t: t.pop("conv_out.bias")), ("lack 1 ", "conv_out.bias")),
+    Damage(
+        "tensor unknown",
+        lambda f: _tensors(f, lambda t: t.update(extra=torch.zeros(1))),
+        ("does not know", "first extra"),
+    ),
+    Damage(
+        "wrong shape",
+        lambda f: _tensors(f, lambda t: t.update({"conv_in.weight": torch.zeros(8, 5, 3, 3)})),
+        ("unet", "conv_in.weight"),
+    ),
+    Damage(
+        "text encoder tensor missing",
+        lambda f: _tensors(f, lambda t: t.pop(sorted(t)[0]), "text_encoder/model.safetensors"),
+        ("text_encoder", "lack 1 "),
+    ),
+    Damage("no scheduler", lambda f: shutil.rmtree(f / "scheduler"), ("scheduler",)),
+    Damage(
+        "no scheduler file", lambda f: (f / "scheduler/scheduler_config.json").unlink(), ("scheduler_config", "guessed")
+    ),
+    Damage(
+        "unknown scheduler",
+        lambda f: _edit(f / "scheduler/scheduler_config.json", _class_name="MagicScheduler"),
+        ("MagicScheduler", "--scheduler"),
+    ),
+    Damage(
+        "scheduler is no scheduler",
+        lambda f: _edit(f / "scheduler/scheduler_config.json", _class_name="UNet2DModel"),
+        ("UNet2DModel", "no scheduler"),
+    ),
+    Damage(
+        "bad noise schedule",
+        lambda f: _edit(f / "scheduler/scheduler_config.json", beta_schedule="magic"),
+        ("refuses this configuration",),
+    ),
+    Damage("index is no JSON", _bytes("model_index.json", lambda b: b[:-5]), ("model_index.json", "JSON")),
+    Damage("index is a list", _bytes("model_index.json", lambda b: b"[]"), ("model_index.json", "list")),
+    Damage("config is no JSON", _bytes("unet/config.json", lambda b: b"{"), ("unet/config.json", "JSON")),
+    Damage(
+        "other pipeline",
+        lambda f: _edit(f / "model_index.json", _class_name="FluxPipeline"),
+        ("FluxPipeline", "StableDiffusionPipeline"),
+    ),
+    Damage(
+        "other denoiser",
+        lambda f: _edit(f / "model_index.json", unet=["diffusers", "UNet1DModel"]),
+        ("UNet1DModel", "supported"),
+    ),
+    Damage(
+        "custom code",
+        lambda f: _edit(f / "model_index.json", vae=["my_vae", "MyVae"]),
+        ("my_vae.MyVae", "not run"),
+    ),
+    Damage(
+        "class that does not exist",
+        lambda f: _edit(f / "model_index.json", vae=["diffusers", "AutoencoderMagic"]),
+        ("AutoencoderMagic", "vae"),
+    ),
+    Damage("no tokenizer named", lambda f: _edit(f / "model_index.json", tokenizer=...), ("names no tokenizer",)),
+    Damage("tokenizer folder gone", lambda f: shutil.rmtree(f / "tokenizer"), ("no folder tokenizer",)),
+    Damage("tokenizer damaged", _bytes("tokenizer/tokenizer.json", lambda b: b[:-9]), ("tokenizer", "loaded")),
+    Damage(
+        "text encoder of another model",
+        lambda f: shutil.copytree(emoji.pipeline_folder() / "text_encoder", f / "text_encoder", dirs_exist_ok=True),
+        ("128", str(WIDTH)),
+    ),
+    Damage(
+        "class-conditional",
+        lambda f: (
+            _edit(f / "unet/config.json", num_class_embeds=10),
+            _tensors(f, lambda t: t.update({"class_embedding.weight": torch.zeros(10, 32)})),
+        ),
+        ("class",),
+        "plain",
+    ),
+    Damage("no sample size", lambda f: _edit(f / "unet/config.json", sample_size=None), ("sample_size",), "plain"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_damaged_folder_is_refused_with_its_reason(damage: Damage, tmp_path: Path, request: Any) -> None:
+    folder = copy(request.getfixturevalue(damage.model), tmp_path / "model")
+    damage.harm(folder)
+    with pytest.raises(ModelError) as caught:
+        load_model(str(folder))
+    for word in damage.says:
+        assert word in str(caught.value)
+
+
+def test_bare_unet_without_scheduler_is_taught(plain: Path, tmp_path: Path) -> None:
+    bare = copy(plain / "unet", tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"DDPMScheduler.*save_pretrained"):
+        load_model(str(bare))
+
+
+def test_unet_inside_a_pipeline_points_to_the_pipeline(text: Path) -> None:
+    with pytest.raises(ModelError, match="give the pipeline's folder"):
+        load_model(str(text / "unet"))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("emojii", "did you mean 'emoji'"),
+        ("SD14", "did you mean 'sd14'"),
+        ("zzz", "presets: emoji"),
+        ("", "no model given"),
+        ("./nowhere", "./nowhere does not exist"),
+        ("~/nowhere/at/all", "does not exist"),
+        ("a/b/c", "a/b/c does not exist"),
+    ],
+)
+def test_names_that_lead_nowhere(model: str, says: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_model(model)
+    assert says in str(caught.value)
+
+
+def test_paths_that_are_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"neither model_index\.json nor config\.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    with pytest.raises(ModelError, match="single-file"):
+        load_model(str(tmp_path / "model.ckpt"))
+    # Looks like a hub id, but its first part is a folder here: a typing mistake must not become a download.
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="the folder models/mine does not exist"):
+        load_model("models/mine")
+    with pytest.raises(ModelError):
+        load_model("x" * 5000)
+
+
+def test_unknown_scheduler_lists_the_known(plain: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_model(str(plain), scheduler="dim")
+    assert "did you mean 'ddim'" in str(caught.value)
+    assert all(name in str(caught.value) for name in SCHEDULERS)
+
+
+def test_unknown_embeddings(plain: Path) -> None:
+    with pytest.raises(ModelError, match="random"):
+        load_model(str(plain), embeddings="zeros")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [UNET, "unet/config.json", "scheduler/scheduler_config.json"])
+def test_unreadable_files(plain: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    # Not by chmod: whoever runs the tests as root may read everything.
+    opened = Path.open
+
+    def refuse(self: Path, *args: Any, **options: Any) -> Any:
+        if self == plain / name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ResourceError, match=f"{name} cannot be read: permission"):
+        load_model(str(plain))
+
+
+# The model hub
+
+
+def _answered(kind: type[Exception]) -> Exception:
+    """A hub error as raised, without the HTTP client's response object, whose package differs between releases."""
+    return kind.__new__(kind, kind.__name__)
+
+
+@dataclass(frozen=True)
+class HubFailure:
+    error: Exception
+    kind: type[DmqExportError]
+    says: str
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        HubFailure(_answered(hub_errors.GatedRepoError), ModelError, "accept them"),
+        HubFailure(_answered(hub_errors.RepositoryNotFoundError), ModelError, "no model org/name"),
+        HubFailure(_answered(hub_errors.RevisionNotFoundError), ModelError, "no revision 'v9'"),
+        HubFailure(hub_errors.LocalEntryNotFoundError("offline"), ModelError, "cannot be reached"),
+        HubFailure(hub_errors.OfflineModeIsEnabled("offline"), ModelError, "HF_HUB_OFFLINE"),
+        HubFailure(ConnectionResetError("reset"), ModelError, "cannot be reached"),
+        HubFailure(hub_errors.HFValidationError("bad id"), ModelError, "valid hub id"),
+        HubFailure(OSError(28, "No space left on device"), ResourceError, "HF_HOME"),
+        HubFailure(PermissionError(13, "denied"), ResourceError, "HF_HOME"),
+        HubFailure(RuntimeError("odd"), ModelError, "RuntimeError: odd"),
+    ],
+    ids=lambda failure: type(failure.error).__name__,
+)
+def test_hub_failures_say_what_to_do(failure: HubFailure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> str:
+        raise failure.error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(failure.kind, match=failure.says) as caught:
+        load_model("org/name", revision="v9")
+    assert caught.value.__cause__ is failure.error
+
+
+def test_hub_model_fetches_only_what_is_needed(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def fetch(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(hub_id=hub_id, revision=revision, patterns=allow_patterns)
+        return str(text)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    loaded = load_model("sd15", revision="main")
+    assert asked["hub_id"] == PRESETS["sd15"].hub_id
+    assert (loaded.name, loaded.source, loaded.preset) == ("sd15", "sd15", PRESETS["sd15"])
+    offered = {
+        "model_index.json": True,
+        "unet/config.json": True,
+        "unet/diffusion_pytorch_model.safetensors": True,
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors": True,
+        "text_encoder/model.safetensors": True,
+        "tokenizer/merges.txt": True,
+        "scheduler/scheduler_config.json": True,
+        "unet/diffusion_pytorch_model.bin": False,
+        "unet/diffusion_pytorch_model.fp16.safetensors": False,
+        "unet/diffusion_pytorch_model.non_ema.safetensors": False,
+        "safety_checker/model.safetensors": False,
+        "v1-5-pruned.safetensors": False,
+        "v1-5-pruned.ckpt": False,
+    }
+    from huggingface_hub.utils import filter_repo_objects
+
+    assert set(filter_repo_objects(offered, allow_patterns=asked["patterns"])) == {k for k, v in offered.items() if v}
+    # The same model by its hub id is the same preset.
+    assert load_model("google/ddpm-cifar10-32".replace("google/ddpm-cifar10-32", PRESETS["sd14"].hub_id or "")).preset
+
+
+def test_hub_id_without_cache_and_network_is_a_teaching_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="not in the local cache"):
+        locate.download("org/name", None)
+
+
+# Presets and prompts
+
+
+def test_presets_are_complete() -> None:
+    assert [name for name, preset in PRESETS.items() if preset.hub_id is None] == ["emoji"]
+    for name, preset in PRESETS.items():
+        assert preset.name == name
+        assert preset.licence
+        assert preset.note
+        assert preset.steps > 0
+        assert preset.scheduler is None or preset.scheduler in SCHEDULERS
+
+
+def test_prompts() -> None:
+    assert len(set(text_prompts())) == 64
+    judged = {emoji.captions()[row] for row in emoji.retrieval_indices(200)}
+    assert len(emoji_prompts()) == 1155
+    assert not judged & set(emoji_prompts())
+
+
+def test_nothing_is_written_to_the_terminal(text: Path, plain: Path) -> None:
+    code = """
+import sys
+from dmqexport.models.loading import load_model
+from dmqexport.models.sampling import sample_images
+for name in sys.argv[1:]:
+    loaded = load_model(name)
+    sample_images(loaded, None, [1], steps=2, guidance=3.0, batch_size=1, record=True)
+    long = ["word " * 100] if loaded.default_prompts else None
+    sample_images(loaded, long, [1], steps=2, guidance=3.0, batch_size=1)
+"""
+    command = [sys.executable, "-c", code, "emoji", str(text), str(plain)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (answer.stdout, answer.stderr) == ("", "")

@@ -187,19 +187,23 @@ class Exported:
 def export(denoiser: nn.Module, folder: Path, inputs: dict[str, Tensor]) -> Exported:
     """Export once; plans are applied to copies read from disk."""
     denoiser = denoiser.eval()
-    wrapped = Wrapped(denoiser)
-    raw = folder / "float_raw.onnx"
-    export_float_graph(wrapped, inputs, raw)
-    model = ir.load(raw)
-    float_cleanup()(model)
-    graph = folder / "float.onnx"
-    ir.save(model, graph)
+    graph = float_graph(Wrapped(denoiser), folder, inputs)
 
     def run(index: int) -> object:
         changed = {**inputs, "sample": inputs["sample"] + index, "timestep": (inputs["timestep"] + index) % TIMESTEPS}
         return denoiser(**changed)
 
     return Exported(denoiser, probe(denoiser, run), graph)
+
+
+def float_graph(wrapped: nn.Module, folder: Path, inputs: dict[str, Tensor]) -> Path:
+    """Export and clean up; returns the path."""
+    raw, graph = folder / "float_raw.onnx", folder / "float.onnx"
+    export_float_graph(wrapped, inputs, raw)
+    model = ir.load(raw)
+    float_cleanup()(model)
+    ir.save(model, graph)
+    return graph
 
 
 def observe_ranges(exported: Exported, inputs: dict[str, Tensor]) -> None:

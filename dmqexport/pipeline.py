@@ -43,7 +43,7 @@ _STAGE_VERSIONS = {
     "statistics": 1,
     "plan": 1,
     "export": 1,
-    "passes": 1,
+    "passes": 2,
     "compile": 1,
     "reference": 1,
 }

@@ -68,6 +68,7 @@ class _Lowering:
         self._weights = weights
         self._vnni = vnni
         self._codes: dict[ir.Value, ir.Value] = {}
+        self._channels_last: dict[ir.Value, ir.Value] = {}
         self._columns: dict[tuple[object, ...], ir.Value] = {}
 
     def layer(self, name: str, op: LayerOp, segment: Segment, nodes: LayerNodes, node: ir.Node) -> None:
@@ -186,10 +187,16 @@ class _Lowering:
         if key in self._columns:
             return self._columns[key]
         builder, label = self._builder, f"{codes.name}_im2col"
-        value = builder.node(
-            "Transpose", [codes], f"{label}/nhwc", before=node, attributes={"perm": [0, 2, 3, 1]},
-            dtype=ir.DataType.UINT8,
-        ).outputs[0]  # fmt: skip
+        # Convolutions that read the same tensor may differ in kernel or stride; node names must not repeat.
+        others = sum(known[0] is codes for known in self._columns)
+        if others:
+            label = f"{label}.{others + 1}"
+        if codes not in self._channels_last:
+            self._channels_last[codes] = builder.node(
+                "Transpose", [codes], f"{codes.name}/nhwc", before=node, attributes={"perm": [0, 2, 3, 1]},
+                dtype=ir.DataType.UINT8,
+            ).outputs[0]  # fmt: skip
+        value = self._channels_last[codes]
         if any(pads):
             amounts = builder.shape([0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0])
             value = builder.node(

@@ -61,24 +61,21 @@ def run_build(build: Build) -> BuildResult:
 
 
 def _copy_companions(build: Build, folder: Path) -> None:
-    source = build.model.folder
+    """Everything of the pipeline but the denoiser; the scheduler is the one calibrated, which may have been swapped."""
+    source, pipeline = build.model.folder, build.model.pipeline
+    for name in _COMPANIONS:
+        if (source / name).is_dir() and name != "scheduler":
+            shutil.copytree(source / name, folder / name, ignore=_ignored)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
     index = source / "model_index.json"
-    if index.is_file():
-        shutil.copyfile(index, folder / index.name)
-        for name in _COMPANIONS:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, folder / name, ignore=_ignored)
-    else:
-        pipeline = build.model.pipeline
-        pipeline.scheduler.save_pretrained(folder / "scheduler")
-        if not build.model.random_embeddings:
-            # A bare UNet becomes the pipeline that sampled it, so that the bundle can be run.
-            index_of = {
-                "_class_name": type(pipeline).__name__,
-                "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
-                build.model.family.component: ["diffusers", build.model.family.class_name],
-            }
-            (folder / "model_index.json").write_text(json.dumps(index_of, indent=1) + "\n", encoding="utf-8")
+    components: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    if not components and build.model.random_embeddings:
+        return  # a bare conditional UNet has no text encoder: its bundle is a component, not a pipeline
+    components["_class_name"] = type(pipeline).__name__
+    components["scheduler"] = ["diffusers", type(pipeline.scheduler).__name__]
+    components.setdefault(build.model.family.component, ["diffusers", build.model.family.class_name])
+    components.pop("_name_or_path", None)
+    (folder / index.name).write_text(json.dumps(components, indent=1) + "\n", encoding="utf-8")
 
 
 def _ignored(directory: str, names: list[str]) -> list[str]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmqexport.errors import BundleError
+from dmqexport.errors import BundleError, RecipeError
 from dmqexport.quant_plan import QuantPlan
+from dmqexport.target import Target
 
 SCHEMA_VERSION = 1
 OWN_FOLDER = "dmqexport"
@@ -20,6 +21,19 @@ RECIPE = f"{OWN_FOLDER}/recipe.yaml"
 GRAPH = "model.onnx"
 #: Measurements differ from run to run; the manifest vouches for what is deployed, not for them.
 _UNHASHED = (MANIFEST, REPORT_JSON, REPORT_HTML, GRID)
+_FIELDS: dict[str, type] = {
+    "component": str,
+    "files": dict,
+    "session": dict,
+    "model": dict,
+    "sampling": dict,
+    "bits": str,
+    "target": str,
+    "num_timesteps": int,
+}
+
+
+_REBUILD = "the bundle was truncated or changed after the build; rebuild or copy it again"
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,10 @@ class Bundle:
     @property
     def report(self) -> dict[str, Any]:
         """The JSON report; raises BundleError when it is missing or broken."""
-        return read_json(self.path / REPORT_JSON)
+        document = read_json(self.path / REPORT_JSON)
+        if not (isinstance(document.get("metrics"), dict) and isinstance(document.get("layers"), list)):
+            raise BundleError(f"{self.path / REPORT_JSON} is no report of a build", hint=_REBUILD)
+        return document
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,24 +88,49 @@ def open_bundle(path: Path, *, verify: bool = False) -> Bundle:
 
     Raises BundleError.
     """
-    if not (path / MANIFEST).is_file():
+    manifest = open_manifest(path)
+    _check_fields(path, manifest)
+    problems = list(_problems(path, manifest["files"], verify))
+    if problems:
+        count = "1 file differs" if len(problems) == 1 else f"{len(problems)} files differ"
+        rest = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise BundleError(
-            f"{path} is not a dmqexport bundle: {MANIFEST} is missing", hint="pass the -o folder of a build"
+            f"{path}: {count} from the manifest:\n  " + "\n  ".join(problems[:10] + rest),
+            hint=_REBUILD,
         )
+    return Bundle(path, manifest)
+
+
+def open_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the bundle at `path`; raises BundleError when it is missing, broken or of another version."""
+    if not (path / MANIFEST).is_file():
+        what = "is not a dmqexport bundle" if path.exists() else "does not exist"
+        raise BundleError(f"{path} {what}: {MANIFEST} is missing", hint="pass the -o folder of a build")
     manifest = read_json(path / MANIFEST)
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise BundleError(f"{path}: manifest schema {version}, this version reads {SCHEMA_VERSION}", hint="rebuild it")
-    missing = {"component", "files", "session", "model", "bits", "target"} - manifest.keys()
+    return manifest
+
+
+def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise BundleError unless the manifest has what every reader relies on."""
+    missing = sorted(_FIELDS.keys() - manifest.keys())
     if missing:
-        raise BundleError(f"{path}: the manifest lacks {sorted(missing)}")
-    problems = list(_problems(path, manifest["files"], verify))
-    if problems:
-        raise BundleError(
-            f"{path}: {len(problems)} files differ from the manifest:\n  " + "\n  ".join(problems[:10]),
-            hint="the bundle was truncated or changed after the build; rebuild or copy it again",
-        )
-    return Bundle(path, manifest)
+        raise BundleError(f"{path / MANIFEST} lacks {', '.join(missing)}", hint=_REBUILD)
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(manifest[name], kind)]
+    if not wrong:
+        entries, model = manifest["files"].values(), manifest["model"]
+        checks = {
+            "files": all(isinstance(e, dict) and {"size", "sha256"} <= e.keys() for e in entries),
+            "model": {"name", "family", "fingerprint"} <= model.keys(),
+            "sampling": {"steps", "guidance"} <= manifest["sampling"].keys(),
+            "session": isinstance(manifest["session"].get("config"), dict),
+            "target": manifest["target"] in list(Target),
+        }
+        wrong = [name for name, right in checks.items() if not right]
+    if wrong:
+        raise BundleError(f"{path / MANIFEST}: {', '.join(wrong)} cannot be understood", hint=_REBUILD)
 
 
 def _problems(path: Path, files: Mapping[str, Mapping[str, Any]], verify: bool) -> Iterator[str]:
@@ -124,3 +166,29 @@ def is_replaceable(path: Path) -> bool:
     if not path.exists():
         return True
     return path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise RecipeError unless a build may replace `path`: it would destroy nothing but what a build wrote."""
+    if not is_replaceable(path):
+        raise RecipeError(
+            f"{path} exists and is not a dmqexport bundle; nothing was touched",
+            hint="choose another -o/--output, or remove it yourself",
+        )
+    if not (path / MANIFEST).is_file():
+        return
+    try:
+        ours = {*open_manifest(path)["files"], *_UNHASHED}
+    except (BundleError, KeyError, TypeError):
+        ours = set()
+    foreign = [
+        name
+        for file in sorted(path.rglob("*"))
+        if (file.is_file() or file.is_symlink()) and (name := file.relative_to(path).as_posix()) not in ours
+    ]
+    if foreign:
+        listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise RecipeError(
+            f"{path} holds files that its build did not write: {listed}; nothing was touched",
+            hint="move them away, or choose another -o/--output",
+        )

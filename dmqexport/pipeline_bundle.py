@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dmqexport
-from dmqexport.bundle import GRAPH, GRID, OWN_FOLDER, RECIPE, write_manifest
+from dmqexport.bundle import GRAPH, GRID, OWN_FOLDER, RECIPE, check_replaceable, write_manifest
 from dmqexport.pipeline import Build, Stage, copy_graph
 from dmqexport.pipeline_report import ReportBuilder, environment
 from dmqexport.pipeline_validate import Validation
@@ -35,12 +36,14 @@ class BuildResult:
 
 def run_build(build: Build) -> BuildResult:
     """Run every stage and write the bundle. The bundle is written even when a gate fails, and says so."""
+    check_replaceable(build.output)
     build.run(Stage.COMPILE)
     validation = Validation(build)
     report = ReportBuilder(build, validation)
-    document = report.document()
-    reporter = build.workspace.reporter
+    _ = validation.measured  # a stage of its own, before the report that reads it
+    reporter, start = build.workspace.reporter, time.perf_counter()
     reporter.started(Stage.BUNDLE)
+    document = report.document()
     with replacing(build.output) as folder:
         _copy_companions(build, folder)
         _copy_denoiser(build, folder)
@@ -55,7 +58,7 @@ def run_build(build: Build) -> BuildResult:
         if build.compiled.missing is not None:
             _write_finish_script(build, folder)
         write_manifest(folder, _manifest(build, report))
-    reporter.finished(Stage.BUNDLE, 0.0, False)
+    reporter.finished(Stage.BUNDLE, time.perf_counter() - start, False)
     failed = tuple(gate["name"] for gate in report.gates if gate["passed"] is False)
     return BuildResult(build.output, document, failed, build.compiled.missing)
 

@@ -1,22 +1,74 @@
 """The recipe: every choice of a build, typed, frozen, and written beside the result as YAML."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dmqexport.errors import RecipeError
 from dmqexport.quant_types import BitWidths
 from dmqexport.target import Target
 
 SCHEMA_VERSION = 1
+#: pydantic's kinds of error, in words; the others speak for themselves.
+_WORDS = {
+    "string_type": "expected text",
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "tuple_type": "expected a list, such as [conv_in, conv_out]",
+    "dict_type": "expected keys and values, such as {conv_in: w8a8}",
+    "model_type": "expected a section of keys",
+}
+_BITS_HINT = "for example w4a4, w8a8 or w4a16 (16: float activations)"
+
+
+#: Options that are shorthands of recipe keys; errors name what the user typed.
+OPTIONS = {
+    "model": "--model",
+    "revision": "--revision",
+    "bits": "--bits",
+    "target": "--target",
+    "seed": "--seed",
+    "sampling.steps": "--steps",
+    "sampling.scheduler": "--scheduler",
+    "calibration.prompts": "--calib-prompts",
+    "calibration.size": "--calib-size",
+    "calibration.rows": "--rows",
+    "quantization.attention_bits": "--attention-bits",
+}
+
+
+class _BooleanError(ValueError):
+    """(key, value) of a yes or no where something else belongs."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_values(cls, data: Any) -> Any:
+        """A section without keys is an empty one, and YAML's yes and no are no numbers, whatever Python thinks."""
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            kind = cls.model_fields[name].annotation if name in cls.model_fields else None
+            if value is None and isinstance(kind, type) and issubclass(kind, _Section):
+                continue
+            if isinstance(value, bool) and kind is not bool:
+                raise _BooleanError(name, value)
+            kept[name] = value
+        return kept
 
 
 class SamplingRecipe(_Section):
@@ -47,12 +99,22 @@ class QuantizationRecipe(_Section):
     keep_float: tuple[str, ...] = ()
     attention_bits: int | None = Field(default=None, ge=2, le=8, description="null leaves attention matmuls in float")
     split_concat: bool = True
+    equalize: float | None = Field(
+        default=0.5, ge=0, le=1, description="strength of channel factors folded where exact; null folds none"
+    )
 
     @field_validator("overrides")
     @classmethod
     def _widths(cls, value: dict[str, str]) -> dict[str, str]:
-        for text in value.values():
-            BitWidths.parse(text)
+        for pattern, text in value.items():
+            try:
+                BitWidths.parse(text)
+            except RecipeError as error:
+                where = "" if repr(text) in error.message else f"{text!r}, "
+                raise RecipeError(
+                    f"recipe key 'quantization.overrides', pattern {pattern!r}: {where}{error.message}",
+                    hint=error.hint or _BITS_HINT,
+                ) from error
         return value
 
 
@@ -106,7 +168,11 @@ class Recipe(_Section):
     @field_validator("bits")
     @classmethod
     def _bits(cls, value: str) -> str:
-        return str(BitWidths.parse(value))
+        try:
+            return str(BitWidths.parse(value))
+        except RecipeError as error:
+            where = "" if repr(value) in error.message else f"bits {value!r}: "
+            raise RecipeError(where + error.message, hint=error.hint or _BITS_HINT) from error
 
     @property
     def widths(self) -> BitWidths:
@@ -124,39 +190,65 @@ def load_recipe(path: Path | None, options: Mapping[str, Any], assignments: Sequ
     Later wins. Raises RecipeError for a file that cannot be read, a value of the wrong type, and an unknown key, naming
     the nearest one.
     """
-    document: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"recipe {path} cannot be read: {error}") from error
-        if not isinstance(loaded, dict):
-            raise RecipeError(f"recipe {path} must be a mapping of keys, got {type(loaded).__name__}")
-        document = loaded
-    for key, value in options.items():
-        if value is not None:
-            _assign(document, key, value)
+    document = {} if path is None else _read(path)
+    given = {key: value for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        _assign(document, key, value)
     for text in assignments:
         key, separator, value = text.partition("=")
-        if not separator or not key:
+        if not separator or not key.strip():
             raise RecipeError(f"--set {text!r} is not of the form key=value", hint="e.g. --set calibration.rows=20")
         try:
             _assign(document, key.strip(), yaml.safe_load(value))
+            given.pop(key.strip(), None)
         except yaml.YAMLError as error:
-            raise RecipeError(f"--set {text!r}: {error}") from error
-    if "model" not in document:
-        raise RecipeError("no model given", hint="use -m/--model, for example -m emoji")
+            raise RecipeError(
+                f"--set {text!r}: the value is not YAML: {_first_line(error)}",
+                hint="quote it for the shell, e.g. --set 'quantization.overrides={conv_in: w8a8}'",
+            ) from error
+    if document.get("model") is None:
+        raise RecipeError("no model given", hint="use -m/--model, for example -m emoji; `dmqexport models` lists more")
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        problems = _explain(error, given)
+        source = "" if path is None or given or assignments else f"{path}: "
+        raise RecipeError(
+            source + "\n".join(problems), hint="--dry-run prints every key of a recipe that can be read"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is not text in UTF-8") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not YAML: {_first_line(error)}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of keys, got a {type(loaded).__name__}")
+    return loaded
+
+
+def _first_line(error: yaml.YAMLError) -> str:
+    """What and where, without YAML's drawing of the place."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem or error.context} in line {mark.line + 1}, column {mark.column + 1}"
+    return str(error).splitlines()[0]
 
 
 def _assign(document: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     target = document
     for parent in parents:
-        target = target.setdefault(parent, {})
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
         if not isinstance(target, dict):
             raise RecipeError(f"recipe key {key!r}: {parent!r} is not a section")
     target[leaf] = value
@@ -174,16 +266,38 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     return keys
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, given: Collection[str]) -> list[str]:
+    """One line a problem, in the words of recipes instead of pydantic's."""
     lines = []
-    keys = known_keys()
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
-            leaf = [name for name in keys if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-            nearest = near[0] if near else (leaf[0] if leaf else ", ".join(keys[:5]) + ", …")
-            lines.append(f"unknown recipe key {key!r}; did you mean {nearest!r}?")
-        else:
-            lines.append(f"recipe key {key!r}: {item['msg']}, got {item.get('input')!r}")
-    return "\n".join(lines)
+        context: Mapping[str, Any] = item.get("ctx", {})
+        path = [str(part) for part in item["loc"]]
+        value = item.get("input")
+        cause = context.get("error")
+        if isinstance(cause, _BooleanError):
+            name, value = cause.args
+            path.append(name)
+        key = ".".join(path)
+        if item["type"] in ("extra_forbidden", "invalid_key"):
+            lines.append(f"unknown recipe key {key!r}; {_nearest(key)}")
+            continue
+        where = f"{OPTIONS[key]} (recipe key {key!r})" if key in given and key in OPTIONS else f"recipe key {key!r}"
+        message = _WORDS.get(item["type"], item["msg"].replace("Input should be", "expected"))
+        if isinstance(cause, _BooleanError):
+            message = "expected neither yes nor no"
+        lines.append(f"{where}: {message}, got {value!r}")
+    return lines
+
+
+def _nearest(key: str) -> str:
+    keys = known_keys()
+    sections = sorted({name.rpartition(".")[0] for name in keys if "." in name})
+    leaf = key.rpartition(".")[2]
+    same = [name for name in keys if name.rpartition(".")[2] == leaf]
+    near = same or difflib.get_close_matches(key, [*keys, *sections], n=1, cutoff=0.6)
+    if not near:
+        leaves = {name.rpartition(".")[2]: name for name in keys}
+        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return "known keys and sections: " + ", ".join([name for name in keys if "." not in name] + sections)

@@ -1,10 +1,16 @@
-"""The work folder: one directory a stage, named by the content of what went in, complete or absent."""
+"""The work folder: one directory a stage, named by the content of what went in, complete or absent.
+
+Nothing that a user wrote is ever removed: only directories whose names this module invents.
+"""
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
+import logging
 import os
+import re
 import resource
 import shutil
 import time
@@ -16,8 +22,26 @@ from typing import Any, Protocol
 
 from dmqexport.errors import ResourceError
 
+logger = logging.getLogger(__name__)
+
 _DISK_ERRORS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _ACCESS_ERRORS = {errno.EROFS: "the file system is read-only", errno.EACCES: "permission denied", errno.EPERM: "denied"}
+#: What making a folder can end in besides; elsewhere these mean a bug, not a wrong path.
+_PATH_ERRORS = {
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EEXIST: "there is a file of that name",
+    errno.ENOENT: "no folder can be made there",
+    errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "its links go in circles",
+    errno.EINVAL: "the file system takes no such name",
+}
+#: Beside the files of a finished stage: their sizes, so that a truncated one is found before it is used.
+_CONTENTS = "stage.json"
+_FREE = "free space or choose another -o/--output or --work; finished stages are kept and the build resumes"
+_LITTLE = 2**24
+_CHOOSE = "choose another -o/--output or --work"
+_LEFT_BEHIND = re.compile(r"\.[a-z]+-[0-9a-f]{16}\.tmp-(\d+)")
 
 
 class Reporter(Protocol):
@@ -75,20 +99,24 @@ class Workspace:
         self.reporter = reporter
         self.records: list[StageRecord] = []
         self._resume = resume
-        with file_errors(root):
-            root.mkdir(parents=True, exist_ok=True)
-            probe = root / f".write-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
-            self._sweep()
+        writable_folder(root)
+        self._sweep()
+
+    def close(self) -> None:
+        """Remove the work folder if no stage was finished in it: a mistyped command leaves nothing behind."""
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
 
     def stage(self, name: str, key: Mapping[str, Any], build: Callable[[Path], None]) -> StageRecord:
-        """Return the finished stage for `key`, running `build(directory)` unless it is there already."""
+        """Return the finished stage for `key`, running `build(directory)` unless it is there already and undamaged.
+
+        Raises ResourceError when the disk is full or cannot be written, and whatever `build` raises.
+        """
         fingerprint = content_key({"stage": name, **key})
         final = self.root / f"{name}-{fingerprint[:16]}"
         self.reporter.started(name)
         start = time.perf_counter()
-        cached = final.is_dir() and self._resume
+        cached = self._resume and final.is_dir() and _undamaged(final)
         if not cached:
             temporary = self.root / f".{name}-{fingerprint[:16]}.tmp-{os.getpid()}"
             with file_errors(self.root):
@@ -96,6 +124,8 @@ class Workspace:
                 temporary.mkdir()
                 try:
                     build(temporary)
+                    _ordinary_modes(temporary)
+                    _write_contents(temporary)
                     shutil.rmtree(final, ignore_errors=True)
                     temporary.rename(final)
                 finally:
@@ -108,9 +138,39 @@ class Workspace:
     def _sweep(self) -> None:
         """Remove what killed builds left behind; a directory of a live process is left alone."""
         for path in self.root.glob(".*.tmp-*"):
-            owner = path.name.rsplit("-", 1)[-1]
-            if owner.isdigit() and not _alive(int(owner)):
+            match = _LEFT_BEHIND.fullmatch(path.name)
+            if match is not None and not _alive(int(match[1])):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_contents(folder: Path) -> None:
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+    (folder / _CONTENTS).write_text(json.dumps({"files": sizes}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _undamaged(folder: Path) -> bool:
+    """Whether every file has the size it was finished with; a stage of a disk that lost data is built again."""
+    try:
+        expected = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))["files"]
+        intact = all((folder / name).stat().st_size == size for name, size in expected.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        logger.warning("%s is damaged or of an older version; the stage is built again", folder)
+    return intact
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _ordinary_modes(folder: Path) -> None:
+    """Give files the permissions that `open` would: safetensors makes its files private, which breaks deployment."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in _files(folder):
+        if not path.is_symlink():
+            path.chmod((path.stat().st_mode & 0o111 | 0o666) & ~mask)
 
 
 def _alive(process: int) -> bool:
@@ -128,6 +188,20 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def writable_folder(path: Path) -> None:
+    """Make `path` and its parents, and prove that a file can be written there; raises ResourceError."""
+    try:
+        with file_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f".write-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS:
+            raise
+        raise ResourceError(f"{path}: cannot be written, {_PATH_ERRORS[error.errno]}", hint=_CHOOSE) from error
+
+
 @contextmanager
 def file_errors(where: Path) -> Iterator[None]:
     """Turn full disks and missing permissions into a ResourceError that says where."""
@@ -137,39 +211,70 @@ def file_errors(where: Path) -> Iterator[None]:
         if error.errno in _DISK_ERRORS:
             raise ResourceError(
                 f"{where}: {_DISK_ERRORS[error.errno]}",
-                hint="free space or choose another -o/--work; finished stages are kept and the build resumes",
+                hint=_FREE,
             ) from error
         if error.errno in _ACCESS_ERRORS:
             raise ResourceError(
                 f"{error.filename or where}: cannot be written, {_ACCESS_ERRORS[error.errno]}",
-                hint="choose another -o/--output or --work folder",
+                hint=_CHOOSE,
             ) from error
+        if _says_disk_full(error, where):
+            raise ResourceError(f"{where}: {_DISK_ERRORS[errno.ENOSPC]}", hint=_FREE) from error
         raise
     except Exception as error:
-        # safetensors and onnx report a full disk in their own exceptions; the free space tells.
-        text = str(error)
-        if "No space left" in text or "os error 28" in text:
-            raise ResourceError(
-                f"{where}: {_DISK_ERRORS[errno.ENOSPC]}", hint="free space; the build resumes"
-            ) from error
+        if _says_disk_full(error, where):
+            raise ResourceError(f"{where}: {_DISK_ERRORS[errno.ENOSPC]}", hint=_FREE) from error
         raise
+
+
+def _says_disk_full(error: Exception, where: Path) -> bool:
+    """Libraries report a full disk in exceptions of their own; numpy says only how much it could write."""
+    text = str(error)
+    if "No space left" in text or "os error 28" in text:
+        return True
+    folder = next((path for path in (where, *where.parents) if path.is_dir()), Path())
+    return "requested and" in text and "written" in text and shutil.disk_usage(folder).free < _LITTLE
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling directory that takes the place of `target` when the block succeeds."""
+    """Yield a temporary sibling directory that takes the place of `target` when the block succeeds.
+
+    When it fails or is killed, `target` is what it was. Raises ResourceError for disks and permissions.
+    """
+    target = target.resolve()  # what a link points to is replaced, not the link
+    writable_folder(target.parent)
     temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    retired = target.parent / f".{target.name}.old-{os.getpid()}"
     with file_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _recover(target)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
-            retired = target.parent / f".{target.name}.old-{os.getpid()}"
+            _ordinary_modes(temporary)
             if target.exists():
                 target.rename(retired)
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except BaseException:
+                if retired.exists():
+                    retired.rename(target)
+                raise
             shutil.rmtree(retired, ignore_errors=True)
         finally:
             with contextlib.suppress(OSError):
                 shutil.rmtree(temporary)
+
+
+def _recover(target: Path) -> None:
+    """Clean up after killed builds: put a retired bundle back if it was not replaced, remove half-written ones."""
+    for kind in ("old", "tmp"):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
+            owner = path.name.rpartition("-")[2]
+            if not owner.isdigit() or _alive(int(owner)):
+                continue
+            if kind == "old" and not target.exists():
+                path.rename(target)
+            else:
+                shutil.rmtree(path, ignore_errors=True)

@@ -217,3 +217,13 @@ def test_attention_keeps_the_scale_it_is_called_with() -> None:
     attention = QuantizedAttention(plan, RowContext(torch.tensor([0])))
     expected = F.scaled_dot_product_attention(heads, heads, heads, scale=2.0)
     torch.testing.assert_close(attention(heads, heads, heads, {"scale": 2.0}), expected, rtol=0, atol=0.05)
+
+
+def test_every_constant_moves_with_the_module() -> None:
+    """A CUDA tensor divided by a scalar that stayed on the CPU is multiplied by its reciprocal: other codes on ties."""
+    qparams = ActivationQuant.from_rows(4, [0.1, 0.3], [3, 4])
+    quantizer = ActivationQuantizer("x", qparams, RowContext(torch.tensor([0]))).to("meta")
+    constants = {name: value for name, value in vars(quantizer).items() if isinstance(value, Tensor)}
+    constants.update(quantizer.named_buffers())
+    assert "scale_ref" in constants
+    assert {name for name, value in constants.items() if value.device.type != "meta"} == set()

@@ -4,34 +4,50 @@ from pathlib import Path
 from typing import Any
 
 from dmqexport.bundle import RECIPE, Bundle
-from dmqexport.errors import BundleError
+from dmqexport.errors import BundleError, ModelError
+from dmqexport.models.loading import LoadedModel
 from dmqexport.pipeline import Build
 from dmqexport.recipe import load_recipe
-from dmqexport.runtime import check_machine
+from dmqexport.runtime import check_machine, open_runner
 from dmqexport.workspace import Reporter, Workspace
 from engines.bench import interleaved
 from engines.ort import OrtRunner, available_cores
 
 
-def bench_bundle(bundle: Bundle, batch: int, runs: int, threads: int | None, reporter: Reporter) -> dict[str, Any]:
+def bench_bundle(
+    bundle: Bundle,
+    batch: int,
+    runs: int,
+    threads: int | None,
+    reporter: Reporter,
+    *,
+    model: str | None = None,
+    work: Path | None = None,
+) -> dict[str, Any]:
     """Median milliseconds of FP32 and quantized ONNX Runtime on the same random inputs, interleaved, and their ratio.
 
-    The float graph is exported again from the model the recipe names, or reused from the build's work folder. Raises
-    BundleError when that model is no longer the one the bundle was built from.
+    The float graph is exported again from the model (`model`, else the one the recipe names), or reused from the work
+    folder (`work`, else the one beside the bundle). Raises BundleError when that model is not the one the bundle was
+    built from, ModelError when it is gone.
     """
     check_machine(bundle)
-    work = bundle.path.with_name(bundle.path.name + ".work")
-    build = Build(load_recipe(bundle.path / RECIPE, {}, []), bundle.path, Workspace(Path(work), reporter))
-    if build.model.fingerprint != bundle.manifest["model"]["fingerprint"]:
-        raise BundleError(
-            f"{bundle.path}: the model {build.model.source!r} has changed since the build",
-            hint="rebuild the bundle from the present model",
-        )
-    inputs = {name: value.numpy() for name, value in build.model.example_inputs(batch=batch).items()}
-    runners = {
-        "fp32": OrtRunner(build.float_graph, threads=threads),
-        "quantized": OrtRunner(bundle.graph, threads=threads, config=bundle.session_config),
-    }
+    folder = bundle.path.resolve()
+    recipe = load_recipe(bundle.path / RECIPE, {"model": model}, [])
+    workspace = Workspace(folder.with_name(folder.name + ".work") if work is None else work, reporter)
+    try:
+        build = Build(recipe, bundle.path, workspace)
+        if _load(build).fingerprint != bundle.manifest["model"]["fingerprint"]:
+            raise BundleError(
+                f"{bundle.path}: the model {recipe.model!r} is not the one the bundle was built from",
+                hint="it has changed since: rebuild the bundle, or give the original with --model",
+            )
+        inputs = {name: value.numpy() for name, value in build.model.example_inputs(batch=batch).items()}
+        runners = {
+            "fp32": OrtRunner(build.float_graph, threads=threads),
+            "quantized": open_runner(bundle, threads),
+        }
+    finally:
+        workspace.close()
     result = interleaved(runners, inputs, runs=runs)
     return {
         "fp32_ms": result.median_ms["fp32"],
@@ -41,3 +57,13 @@ def bench_bundle(bundle: Bundle, batch: int, runs: int, threads: int | None, rep
         "threads": threads or available_cores(),
         "runs": result.runs,
     }
+
+
+def _load(build: Build) -> LoadedModel:
+    try:
+        return build.model
+    except ModelError as error:
+        raise ModelError(
+            f"the float model of {build.output} cannot be loaded: {error.message}",
+            hint="say with --model where it is now",
+        ) from error

@@ -1,62 +1,113 @@
 """The command line. One sub-command a stage, and what is done with a finished bundle; `--help` is the manual.
 
 Exit codes: 0 ok · 1 internal · 2 usage or recipe · 3 accuracy gate · 4 performance gate · 5 resource limit ·
-6 bundle integrity or compatibility · 7 backend missing.
+6 bundle integrity or compatibility · 7 backend missing. By convention of shells: 130 interrupted, 141 the reader of the
+output went away.
 """
 
 import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmqexport.errors import BackendMissingError, DmqExportError, GateError, PerformanceGateError, RecipeError
+from dmqexport import cli_bundle
+from dmqexport.cli_log import Session, start_logging
+from dmqexport.cli_options import (
+    AttentionOption,
+    BitsOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    OutputOption,
+    PromptsOption,
+    QuietOption,
+    RecipeOption,
+    ResumeOption,
+    RevisionOption,
+    RowsOption,
+    SchedulerOption,
+    SeedOption,
+    SetOption,
+    SizeOption,
+    StepsOption,
+    TargetOption,
+    VerboseOption,
+    WorkOption,
+)
+from dmqexport.errors import (
+    BackendMissingError,
+    DmqExportError,
+    GateError,
+    PerformanceGateError,
+    RecipeError,
+    ResourceError,
+)
 
 if TYPE_CHECKING:
     from dmqexport.pipeline import Build
 
+logger = logging.getLogger(__name__)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from dmqexport import __version__
+
+        print(f"dmqexport {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="dmqexport",
-    help="From a PyTorch diffusion model to a quantized, validated, deployable bundle.",
     epilog="Exit codes: 0 ok, 1 internal, 2 usage or recipe, 3 accuracy gate, 4 performance gate, 5 resource limit, "
-    "6 bundle integrity or compatibility, 7 backend missing.",
+    "6 bundle integrity or compatibility, 7 backend missing, 130 interrupted.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-ModelOption = Annotated[
-    str | None, typer.Option("-m", "--model", help="Preset (emoji, …), hub id, or local diffusers folder.")
-]
-OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Bundle folder; work goes to OUTPUT.work.")]
-BitsOption = Annotated[str | None, typer.Option("--bits", help="Weight and activation bits: w4a4, w8a8, w4a16 …")]
-TargetOption = Annotated[str | None, typer.Option("--target", help="onnx, ort-cpu, trt-rtx or trt.")]
-RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe; options override it.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Recipe key: --set calibration.rows=20.")]
-RowsOption = Annotated[int | None, typer.Option("--rows", help="Rows of the timestep table.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
-SchedulerOption = Annotated[str | None, typer.Option("--scheduler", help="ddim, ddpm, euler …; default: the model's.")]
-PromptsOption = Annotated[Path | None, typer.Option("--calib-prompts", help="Calibration prompts, one a line.")]
-SizeOption = Annotated[int | None, typer.Option("--calib-size", help="Float trajectories to calibrate on.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
-AttentionOption = Annotated[int | None, typer.Option("--attention-bits", help="Quantize attention matmuls too.")]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")]
-WorkOption = Annotated[Path | None, typer.Option("--work", help="Work folder instead of OUTPUT.work.")]
-ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Reuse finished stages.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Log details; tracebacks for internal errors.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors and the result.")]
-BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder, the -o of a build.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; default: every core.")]
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """From a PyTorch diffusion model to a quantized, validated, deployable bundle.
+
+    \b
+    Start here:
+      dmqexport build -m emoji -o out/emoji --bits w4a4
+      dmqexport run out/emoji -o faces.png --prompt "grinning face"
+      dmqexport inspect out/emoji --layers
+
+    The verbs calibrate, plan, export, compile and validate are the stages of build. Each runs what it needs before
+    it and shares the work folder with the others, so that nothing is computed twice.
+    """
 
 
-def _stage_command(name: str, summary: str, action: Callable[["Build", bool], None]) -> None:
+def _folders(output: Path, work: Path | None) -> tuple[Path, Path]:
+    """(bundle, work folder); raises RecipeError for places where one would destroy something."""
+    if output.name in ("", "..") or output == Path():
+        raise RecipeError(f"--output {str(output)!r} names no folder of its own", hint="e.g. -o out/my-bundle")
+    folder = work if work is not None else output.with_name(output.name + ".work")
+    bundle, inner = output.resolve(), folder.resolve()
+    if bundle == inner or bundle in inner.parents:
+        raise RecipeError(
+            f"--work {folder} lies in --output {output}, which is replaced as a whole",
+            hint="leave --work out, or give a folder beside the bundle",
+        )
+    return output, folder
+
+
+def _stage_command(name: str, summary: str, manual: str, action: Callable[["Build", bool], None]) -> None:
     """Register one verb that takes the options of a build."""
 
     def command(
@@ -81,7 +132,7 @@ def _stage_command(name: str, summary: str, action: Callable[["Build", bool], No
         verbose: VerboseOption = False,
         quiet: QuietOption = False,
     ) -> None:
-        _logging(verbose)
+        start_logging(verbose=verbose, quiet=quiet)
         from dmqexport.recipe import load_recipe
 
         options = {
@@ -101,16 +152,23 @@ def _stage_command(name: str, summary: str, action: Callable[["Build", bool], No
         if dry_run:
             print(resolved.to_yaml(), end="")
             return
+        from dmqexport.bundle import check_replaceable
         from dmqexport.cli_console import console_reporter
+        from dmqexport.workspace import Workspace
 
+        bundle, folder = _folders(output, work)
+        check_replaceable(bundle)
         with console_reporter(quiet=quiet or as_json) as reporter:
-            from dmqexport.pipeline import Build
-            from dmqexport.workspace import Workspace
+            workspace = Workspace(folder, reporter, resume=resume)
+            Session.resumable = True
+            try:
+                from dmqexport.pipeline import Build
 
-            folder = work if work is not None else output.with_name(output.name + ".work")
-            action(Build(resolved, output, Workspace(folder, reporter, resume=resume)), as_json)
+                action(Build(resolved, bundle, workspace), as_json)
+            finally:
+                workspace.close()
 
-    app.command(name, help=summary)(command)
+    app.command(name, help=manual, short_help=summary)(command)
 
 
 def _run_stages(until: str) -> Callable[["Build", bool], None]:
@@ -119,16 +177,60 @@ def _run_stages(until: str) -> Callable[["Build", bool], None]:
 
         stage = Stage(until)
         build.run(stage)
-        result = {record.name: str(record.path) for record in build.workspace.records}
+        artifacts = _artifacts(build, stage)
+        if as_json:
+            stages = [
+                {"name": r.name, "path": str(r.path), "seconds": r.seconds, "cached": r.cached}
+                for r in build.workspace.records
+            ]
+            named = {name: str(path) for name, path in artifacts.items()}
+            print(json.dumps({"stages": stages, "artifacts": named}, indent=1))
+        else:
+            from dmqexport.cli_console import columns
+
+            print(columns([(name.replace("_", " "), str(path)) for name, path in artifacts.items()]))
         if stage is Stage.COMPILE and build.compiled.missing is not None:
-            raise BackendMissingError(build.compiled.missing)
-        print(json.dumps(result, indent=1) if as_json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+            raise BackendMissingError(
+                build.compiled.missing,
+                hint="`dmqexport build` writes a bundle with a script that finishes on a GPU host",
+            )
+        if stage is Stage.COMPILE and build.compiled.engine is None and not as_json:
+            print(f"target {build.recipe.target.value} needs no engine: the deployed graph is what runs")
 
     return action
 
 
+def _artifacts(build: "Build", stage: str) -> dict[str, Path]:
+    """What a stage is for, by name."""
+    from dmqexport.pipeline import Stage
+
+    if stage == Stage.CALIBRATE:
+        return {
+            "trajectories": build.trajectories.path / "calibration.safetensors",
+            "statistics": build.calibrated.path / "statistics.safetensors",
+        }
+    if stage == Stage.PLAN:
+        from dmqexport.quant_plan import PLAN_ARRAYS, PLAN_JSON, WEIGHT_CODES
+
+        folder = build.planned.path
+        return {
+            "quant_plan": folder / PLAN_JSON,
+            "quant_plan_arrays": folder / PLAN_ARRAYS,
+            "weight_codes": folder / WEIGHT_CODES,
+        }
+    graphs = {
+        "float_graph": build.float_graph,
+        "canonical_graph": build.canonical_graph,
+        "deployed_graph": build.deployed_graph,
+    }
+    if stage == Stage.COMPILE:
+        engine = {"engine": build.compiled.engine, "build_log": build.compiled.log}
+        return {"deployed_graph": build.deployed_graph, **{k: v for k, v in engine.items() if v is not None}}
+    return graphs
+
+
 def _validate(build: "Build", as_json: bool) -> None:
-    from dmqexport.cli_console import print_metrics
+    from dmqexport.cli_console import columns, gate_rows, metric_rows
     from dmqexport.pipeline_report import ReportBuilder
     from dmqexport.pipeline_validate import Validation
 
@@ -137,12 +239,11 @@ def _validate(build: "Build", as_json: bool) -> None:
     if as_json:
         print(json.dumps({"metrics": metrics, "gates": report.gates}, indent=1))
     else:
-        print_metrics(metrics)
+        print(columns([*metric_rows(metrics), *gate_rows(report.gates)]))
     _raise_gates([gate["name"] for gate in report.gates if gate["passed"] is False], None)
 
 
 def _build(build: "Build", as_json: bool) -> None:
-    from dmqexport.bundle import GRID, REPORT_HTML
     from dmqexport.cli_console import print_summary
     from dmqexport.pipeline_bundle import run_build
 
@@ -151,12 +252,12 @@ def _build(build: "Build", as_json: bool) -> None:
         kept = ("bits", "target", "metrics", "size_bytes", "latency", "gates", "engine", "warnings")
         print(json.dumps({"bundle": str(result.path), **{key: result.document[key] for key in kept}}, indent=1))
     else:
-        print_summary(result.document)
-        print(f"bundle:  {result.path}\nreport:  {result.path / REPORT_HTML}\npicture: {result.path / GRID}")
+        print_summary(result.document, result.path)
     _raise_gates(list(result.failed_gates), result.path)
     if result.missing is not None:
         raise BackendMissingError(
-            result.missing, hint=f"on the GPU host run: cd {result.path} && python finish_on_gpu.py"
+            f"the bundle is complete but for its engine: {result.missing}",
+            hint=f"on the GPU host run: cd {result.path} && python finish_on_gpu.py",
         )
 
 
@@ -164,155 +265,123 @@ def _raise_gates(failed: list[str], path: Path | None) -> None:
     if not failed:
         return
     hint = "thresholds are validation.gates in the recipe" + (
-        "" if path is None else f"; the report in {path} says where"
+        "" if path is None else f"; the bundle was written, and its report says where it hurts: {path}"
     )
     if failed == ["latency_ratio"]:
         raise PerformanceGateError("slower than the recipe requires: latency_ratio", hint=hint)
     raise GateError(f"below the recipe's thresholds: {', '.join(failed)}", hint=hint)
 
 
-_stage_command("build", "Everything: calibrate, plan, export, compile, validate, report, bundle.", _build)
-_stage_command("calibrate", "Record float trajectories and gather activation statistics.", _run_stages("calibrate"))
-_stage_command("plan", "Choose bits, scales and zero-points; write the QuantPlan.", _run_stages("plan"))
-_stage_command("export", "Export the float ONNX graph and rewrite it for the target.", _run_stages("passes"))
-_stage_command("compile", "Build the target's engine and prove its precision.", _run_stages("compile"))
-_stage_command("validate", "Measure the deployed graph against the float graph.", _validate)
+_RESUME = """
+
+Finished stages are kept in the work folder: the same command goes on where it was stopped, and other bits or targets
+reuse what they have in common."""
+
+_stage_command(
+    "build",
+    "Everything, from the model to the bundle.",
+    """Everything: calibrate, plan, export, compile, validate, report, bundle.
+
+\b
+  dmqexport build -m emoji -o out/emoji --bits w4a4
+  dmqexport build -m ./my-pipeline -o out/mine --bits w8a8 --target trt-rtx
+  dmqexport build --recipe recipe.yaml -o out/mine --set validation.gates.image_psnr_db=30
+
+FOLDER then holds a diffusers pipeline whose denoiser is quantized ONNX, and FOLDER/dmqexport/report.html. A failed
+gate ends with exit code 3 or 4, and a missing TensorRT with 7; the bundle is written all the same. An earlier bundle
+in FOLDER is replaced, anything else is left alone."""
+    + _RESUME,
+    _build,
+)
+_stage_command(
+    "calibrate",
+    "Record trajectories and activation statistics.",
+    "Record float trajectories and gather activation statistics per timestep row." + _RESUME,
+    _run_stages("calibrate"),
+)
+_stage_command(
+    "plan",
+    "Choose bits, scales and zero-points.",
+    "Choose bits, scales and zero-points; write the QuantPlan and print where it is.\n\n"
+    "Quantization is fixed here: every target computes with the integers of this plan." + _RESUME,
+    _run_stages("plan"),
+)
+_stage_command(
+    "export",
+    "Export the ONNX graph and rewrite it.",
+    "Export the float ONNX graph and rewrite it for the target." + _RESUME,
+    _run_stages("passes"),
+)
+_stage_command(
+    "compile",
+    "Build the engine and prove its precision.",
+    "Build the target's engine and prove from the builder's log that its layers run in int8.\n\n"
+    "Targets without an engine (onnx, ort-cpu) end with the deployed graph." + _RESUME,
+    _run_stages("compile"),
+)
+_stage_command(
+    "validate",
+    "Measure the deployed graph against float.",
+    "Measure the deployed graph against the float graph; exit code 3 when a gate fails.\n\n"
+    "Predicted noise, pictures, and for the bundled model retrieval, on prompts that calibration never saw." + _RESUME,
+    _validate,
+)
 
 
-@app.command()
-def run(
-    bundle: BundleArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt; repeat for more rows.")] = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Seed; repeat for more columns.")] = None,
-    steps: StepsOption = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")] = None,
-    scheduler: SchedulerOption = None,
-    scale: Annotated[int, typer.Option("--scale", min=1, max=32, help="Enlarge each pixel this many times.")] = 1,
-    threads: ThreadsOption = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Draw pictures with a bundle: a grid of prompts (rows) by seeds (columns)."""
-    _logging(verbose)
-    from dmqexport.bundle import open_bundle
-    from dmqexport.draw import draw_grid
-
-    opened = open_bundle(bundle)
-    count = draw_grid(opened, output, prompt or [], seed or [0], steps, guidance, scheduler, scale, threads)
-    print(f"{output}: {count} pictures")
-
-
-@app.command()
-def inspect(
-    bundle: BundleArgument,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")] = False,
-    layers: Annotated[bool, typer.Option("--layers", help="List every layer, worst first.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Show what a bundle holds: bits, sizes, precision, what stayed in float and why."""
-    from dmqexport.bundle import open_bundle
-    from dmqexport.cli_console import print_bundle
-
-    opened = open_bundle(bundle, verify=verify)
-    if as_json:
-        document = {key: value for key, value in opened.manifest.items() if key != "files"}
-        print(json.dumps({"manifest": document, "metrics": opened.report["metrics"]}, indent=1))
-    else:
-        print_bundle(opened, layers)
-        if verify:
-            print(f"verified: {len(opened.manifest['files'])} files match the manifest")
-
-
-@app.command()
-def bench(
-    bundle: BundleArgument,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Batch size.")] = 8,
-    runs: Annotated[int, typer.Option("--runs", min=3, help="Timed runs of each graph.")] = 30,
-    threads: ThreadsOption = None,
-    max_ratio: Annotated[float | None, typer.Option("--max-ratio", help="Exit 4 above quantized/fp32.")] = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Time FP32 against quantized ONNX Runtime on the same inputs, interleaved; medians and ratio."""
-    _logging(verbose)
-    from dmqexport.bench import bench_bundle
-    from dmqexport.bundle import open_bundle
-    from dmqexport.cli_console import console_reporter
-
-    with console_reporter(quiet=True) as reporter:
-        result = bench_bundle(open_bundle(bundle), batch, runs, threads, reporter)
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        print(
-            f"batch {result['batch']}, {result['threads']} threads, {result['runs']} runs each: "
-            f"fp32 {result['fp32_ms']:.2f} ms, quantized {result['quantized_ms']:.2f} ms, ratio {result['ratio']:.3f}"
-        )
-    if max_ratio is not None and result["ratio"] > max_ratio:
-        raise PerformanceGateError(f"ratio {result['ratio']:.3f} is above --max-ratio {max_ratio:g}")
-
-
-@app.command()
-def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine can build and run."""
-    from dmqexport.doctor import examine, render
-
-    found = examine()
-    print(json.dumps(found, indent=1) if as_json else render(found))
-
-
-@app.command()
-def models(as_json: JsonOption = False) -> None:
-    """List the model presets."""
-    from dmqexport.models.presets import PRESETS
-
-    rows: list[dict[str, Any]] = [
-        {"name": preset.name, "source": preset.hub_id or "bundled", "licence": preset.licence}
-        for preset in PRESETS.values()
-    ]
-    print(json.dumps(rows, indent=1) if as_json else "\n".join("  ".join(map(str, row.values())) for row in rows))
-
-
-def _logging(verbose: bool) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.ERROR,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    for library in ("onnx_ir", "onnxscript", "torch", "diffusers", "transformers"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    if verbose:
-        os.environ["DMQEXPORT_TRACEBACK"] = "1"
+for _verb, _summary in (
+    (cli_bundle.run, "Draw pictures with a bundle."),
+    (cli_bundle.inspect, "Show what a bundle holds, and verify it."),
+    (cli_bundle.bench, "Time FP32 against quantized on this machine."),
+    (cli_bundle.doctor, "Say what this machine can build and run."),
+    (cli_bundle.models, "List the model presets."),
+):
+    app.command(short_help=_summary)(_verb)
 
 
 def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except DmqExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except typer.Abort:
-        print("interrupted; finished stages are kept and the same command resumes", file=sys.stderr)
+        logger.info("details", exc_info=error)
+        _fail(str(error), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        kept = "; finished stages are kept, the same command resumes" if Session.resumable else ""
+        print(f"interrupted{kept}", file=sys.stderr)
         sys.exit(130)
-    except KeyboardInterrupt:
-        print("interrupted; finished stages are kept and the same command resumes", file=sys.stderr)
-        sys.exit(130)
-    except MemoryError:
-        print("error: out of memory\n  hint: lower calibration.batch_size and validation.batch_size", file=sys.stderr)
-        sys.exit(5)
+    except BrokenPipeError:
+        # The reader of our output has seen enough; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
-        if hasattr(error, "format_message"):  # click's usage errors
-            print(f"error: {error.format_message()}\n  hint: dmqexport --help", file=sys.stderr)
-            sys.exit(RecipeError.exit_code)
-        if "DMQEXPORT_TRACEBACK" in os.environ:
-            raise
-        print(
-            f"error: internal: {type(error).__name__}: {error}\n  hint: -v shows where; please report it",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        _unexpected(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unexpected(error: Exception) -> None:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error, file=sys.stderr)
+        sys.exit(RecipeError.exit_code)
+    if hasattr(error, "format_message"):  # usage errors of typer
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "dmqexport"
+        _fail(f"{error.format_message()}\n  hint: {command} --help", RecipeError.exit_code)
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "allocate memory" in text or "bad_alloc" in text or "out of memory" in text:
+        logger.info("details", exc_info=error)
+        _fail(
+            "out of memory\n  hint: lower calibration.batch_size and validation.batch_size with --set",
+            ResourceError.exit_code,
+        )
+    if Session.verbose:
+        traceback.print_exception(error)
+    _fail(f"internal: {type(error).__name__}: {error}\n  hint: -v shows where; please report it", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,92 @@
-"""What the command line shows while it works and when it is done."""
+"""What the command line shows while it works and when it is done.
+
+Results are plain text in columns, never wrapped, so that `grep` and `head` work on them; only progress bars are drawn.
+"""
 
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-
-from dmqexport.bundle import Bundle
+from dmqexport.bundle import GRID, REPORT_HTML, Bundle
 from dmqexport.workspace import Reporter, SilentReporter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+_STAGE_WIDTH = 14
+_LINE_SECONDS = 30.0
+
+
+class _LineReporter:
+    """One line a finished stage; a long stage also says twice a minute how far it is. For logs and pipes."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._start = self._last = 0.0
+
+    def started(self, stage: str) -> None:
+        """Remember when."""
+        self._stage, self._start = stage, time.perf_counter()
+        self._last = self._start
+
+    def progress(self, done: int, total: int) -> None:
+        """Say how far a long stage is."""
+        now = time.perf_counter()
+        if now - self._last >= _LINE_SECONDS and 0 < done < total:
+            self._last = now
+            left = (now - self._start) * (total - done) / done
+            print(f"{self._stage:<{_STAGE_WIDTH}}{done}/{total}, about {_duration(left)} left", file=sys.stderr)
+
+    def finished(self, stage: str, seconds: float, cached: bool) -> None:
+        """Say what it took."""
+        print(_finished(stage, seconds, cached), file=sys.stderr, flush=True)
 
 
 class _BarReporter:
-    """One progress bar a stage, with time left, on a terminal; one line a finished stage elsewhere."""
+    """One progress bar a stage, with time left; a line when it is finished. For terminals."""
 
-    def __init__(self, progress: Progress, console: Console) -> None:
+    def __init__(self, progress: "Progress", console: "Console") -> None:
         self._progress = progress
         self._console = console
         self._task: TaskID | None = None
 
     def started(self, stage: str) -> None:
         """Begin a bar."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(stage, total=None)
+        self._remove()
+        self._task = self._progress.add_task(stage, total=None, count="")
 
     def progress(self, done: int, total: int) -> None:
         """Move the bar."""
         if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
+            self._progress.update(self._task, completed=done, total=total, count=f"{done}/{total}")
 
     def finished(self, stage: str, seconds: float, cached: bool) -> None:
         """Replace the bar by a line."""
+        self._remove()
+        self._console.print(_finished(stage, seconds, cached), highlight=False, markup=False, soft_wrap=True)
+
+    def _remove(self) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
-        note = "reused" if cached else f"{seconds:.1f} s"
-        self._console.print(f"{stage:<14}{note}", highlight=False)
+
+
+def _finished(stage: str, seconds: float, cached: bool) -> str:
+    return f"{stage:<{_STAGE_WIDTH}}{'reused' if cached else _duration(seconds)}"
+
+
+def _duration(seconds: float) -> str:
+    """`7.5 s`, `12 min 30 s` or `3 h 20 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
@@ -54,102 +94,146 @@ def console_reporter(*, quiet: bool) -> Iterator[Reporter]:
     """A reporter on standard error, so that standard output holds results alone."""
     if quiet:
         yield SilentReporter()
-        return
+    elif not sys.stderr.isatty():
+        yield _LineReporter()
+    else:
+        with _bars() as reporter:
+            yield reporter
+
+
+@contextmanager
+def _bars() -> Iterator[Reporter]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    class TimeLeft(ProgressColumn):
+        """Nothing until there is an estimate."""
+
+        def render(self, task: Task) -> Text:
+            left = task.time_remaining
+            return Text("" if task.total is None or left is None else f"about {_duration(left)} left")
+
     console = Console(file=sys.stderr)
     progress = Progress(
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn(f"{{task.description:<{_STAGE_WIDTH - 1}}}", markup=False),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[count]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeLeft(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        redirect_stdout=False,  # results must reach pipes untouched
     )
     with progress:
         yield _BarReporter(progress, console)
 
 
-def print_metrics(metrics: Mapping[str, Any]) -> None:
-    """The headline figures."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    rows = [("predicted noise", _db(metrics.get("eps_sqnr_db")) + " SQNR against float")]
-    psnr, ssim = metrics.get("image_psnr_db"), metrics.get("image_ssim")
-    rows.append(("pictures", f"{_db(psnr)} PSNR, SSIM {ssim:.4f}" if ssim is not None else _db(psnr)))
-    if metrics.get("retrieval_accuracy") is not None:
-        rows.append(
-            ("retrieval", f"{metrics['retrieval_accuracy']:.1%} (float {metrics['retrieval_accuracy_fp']:.1%})")
-        )
-    for label, text in rows:
-        table.add_row(label, text)
-    Console(width=100, highlight=False).print(table)
-
-
-def print_summary(document: Mapping[str, Any]) -> None:
-    """The end of a build."""
-    console = Console(width=100, highlight=False)
-    console.print(f"{document['model']['name']} {document['bits']} for {document['target']}")
-    print_metrics(document["metrics"])
-    size = document["size_bytes"]
-    console.print(
-        f"size             {size['storage'] / 1e6:.2f} MB on disk "
-        f"(nominal {size['nominal'] / 1e6:.2f}, float {size['float'] / 1e6:.2f})"
+def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
+    """Rows as text, every column but the last as wide as its longest cell."""
+    cells = [list(row) for row in rows]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]) - 1)] if cells else []
+    return "\n".join(
+        indent + "".join(f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=False)) + row[-1]
+        for row in cells
     )
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The headline figures, as (label, text)."""
+    rows = [("predicted noise", f"{_db(metrics.get('eps_sqnr_db'))} SQNR against float")]
+    psnr, ssim, count = (metrics.get(key) for key in ("image_psnr_db", "image_ssim", "image_count"))
+    if psnr is not None and ssim is not None:
+        rows.append(("pictures", f"{_db(psnr)} PSNR, SSIM {ssim:.4f} ({count} pairs)"))
+    if metrics.get("retrieval_accuracy") is not None:
+        accuracy, reference = metrics["retrieval_accuracy"], metrics["retrieval_accuracy_fp"]
+        rows.append(("retrieval", f"{accuracy:.1%} of {metrics['retrieval_count']} captions (float {reference:.1%})"))
+    return rows
+
+
+def gate_rows(gates: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Every gate, as (label, text)."""
+    rows = []
+    for gate in gates:
+        state = {True: "passed", False: "FAILED", None: "not measured"}[gate["passed"]]
+        measured = "" if gate["measured"] is None else f" {gate['measured']:.4g}"
+        bound = "at least" if gate["direction"] == "min" else "at most"
+        rows.append(("gate", f"{gate['name']}{measured}, {bound} {gate['threshold']:g}: {state}"))
+    return rows
+
+
+def print_summary(document: Mapping[str, Any], path: Path) -> None:
+    """The end of a build."""
+    rows = metric_rows(document["metrics"])
+    size = document["size_bytes"]
+    on_disk, nominal, original = (size[key] / 1e6 for key in ("storage", "nominal", "float"))
+    rows.append(("size", f"{on_disk:.2f} MB on disk (nominal {nominal:.2f}, float {original:.2f})"))
     latency = document["latency"]
     if latency is not None:
-        console.print(
-            f"latency          {latency['quantized_ms']:.2f} ms, float {latency['fp32_ms']:.2f} ms: "
-            f"ratio {latency['ratio']:.2f} (batch {latency['batch']}, {latency['threads']} threads)"
+        rows.append(
+            (
+                "latency",
+                f"{latency['quantized_ms']:.2f} ms, float {latency['fp32_ms']:.2f} ms: ratio {latency['ratio']:.2f} "
+                f"(batch {latency['batch']}, {latency['threads']} threads)",
+            )
         )
     engine = document["engine"]
     if engine is not None and engine.get("layers_planned"):
-        console.print(f"engine           {engine['layers_proven']} of {engine['layers_planned']} layers proven int8")
-    for gate in document["gates"]:
-        state = {True: "passed", False: "FAILED", None: "not measured"}[gate["passed"]]
-        measured = "" if gate["measured"] is None else f" {gate['measured']:.4g}"
-        console.print(f"gate             {gate['name']}{measured} (threshold {gate['threshold']:g}): {state}")
-    for warning in document["warnings"]:
-        console.print(f"warning          {warning}")
+        rows.append(("engine", f"{engine['layers_proven']} of {engine['layers_planned']} layers proven int8"))
+    rows += gate_rows(document["gates"])
+    rows += [("warning", warning) for warning in document["warnings"]]
+    if any(gate["passed"] is False for gate in document["gates"]):
+        rows += [("try", suggestion) for suggestion in document["suggestions"]]
+    rows += [("bundle", str(path)), ("report", str(path / REPORT_HTML)), ("pictures", str(path / GRID))]
+    print(f"{document['model']['name']} {document['bits']} for {document['target']}\n{columns(rows)}")
 
 
 def print_bundle(bundle: Bundle, layers: bool) -> None:
-    """`dmqexport inspect`."""
-    console = Console(width=120, highlight=False)
+    """`dmqexport inspect`: the findings, and with `layers` every layer by name."""
     manifest, report, plan = bundle.manifest, bundle.report, bundle.plan
-    console.print(
-        f"{manifest['model']['name']} ({manifest['model']['family']}), {manifest['bits']}, {manifest['target']}"
-    )
-    console.print(
-        f"{len(plan.layers)} layers quantized, {len(plan.attentions)} attentions, {plan.rows} table rows, "
-        f"average {plan.allocation.average_weight_bits:.2f} weight bits"
-    )
-    print_metrics(report["metrics"])
-    if manifest.get("engine"):
-        console.print(
-            f"engine: {manifest['engine']['target']} {manifest['engine']['version']}, "
-            f"{manifest['engine']['layers_proven']} of {manifest['engine']['layers_planned']} layers proven int8"
-        )
+    model = manifest["model"]
+    rows = [
+        ("model", f"{model['name']} ({model['family']})"),
+        ("bits", f"{manifest['bits']}, {plan.allocation.average_weight_bits:.2f} weight bits on average"),
+        ("target", str(manifest["target"])),
+        (
+            "quantized",
+            f"{len(plan.layers)} layers, {len(plan.attentions)} attentions, {plan.rows} rows of the timestep table",
+        ),
+        *metric_rows(report["metrics"]),
+    ]
+    engine = manifest.get("engine")
+    if engine:
+        proven = f"{engine['layers_proven']} of {engine['layers_planned']} layers proven int8"
+        rows.append(("engine", f"{engine['target']} {engine['version']}, {proven}"))
     if manifest.get("finish_command"):
-        console.print(f"engine not built yet; on the GPU host: {manifest['finish_command']}")
-    if plan.float_layers:
-        console.print("left in float:")
-        for name, reason in plan.float_layers.items():
-            console.print(f"  {name}: {reason}")
+        rows.append(("engine", f"not built yet; on the GPU host: {manifest['finish_command']}"))
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in plan.float_layers.items():
+        by_reason.setdefault(reason, []).append(name)
+    rows += [("in float", f"{len(names)}: {reason}") for reason, names in by_reason.items()]
+    print(columns(rows, indent=""))
     if layers:
-        table = Table("layer", "weight", "activation", "storage", "compute", "SQNR")
-        rows = [layer for layer in report["layers"] if layer["sqnr_db"] is not None]
-        for layer in sorted(rows, key=lambda item: float(item["sqnr_db"])):
-            bits = layer["nominal_bits"]
-            table.add_row(
-                layer["name"],
-                str(bits["weight"]),
+        print("\n" + columns(_layer_rows(report["layers"]), indent=""))
+
+
+def _layer_rows(layers: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Worst first, then what stayed in float."""
+    rows: list[tuple[str, ...]] = [("layer", "weight", "activation", "storage", "compute", "SQNR")]
+    ordered = sorted(layers, key=lambda item: (item["sqnr_db"] is None, item["sqnr_db"] or 0.0))
+    for layer in ordered:
+        bits = layer["nominal_bits"]
+        rows.append(
+            (
+                str(layer["name"]),
+                str(bits["weight"] or "float"),
                 str(bits["activation"] or "float"),
-                str(layer["storage_bits"]["weight"]),
-                layer["compute"],
-                _db(layer["sqnr_db"]),
+                str(layer["storage_bits"]["weight"] or "-"),
+                str(layer["compute"]),
+                "-" if layer["sqnr_db"] is None else _db(layer["sqnr_db"]),
             )
-        console.print(table)
+        )
+    return rows
 
 
 def _db(value: float | None) -> str:

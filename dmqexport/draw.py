@@ -1,5 +1,7 @@
 """Draw pictures with a bundle: prompts down, seeds across, into one PNG."""
 
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from dmqexport.models.loading import LoadedModel
 from dmqexport.models.sampling import sample_images
 from dmqexport.models.schedulers import build_scheduler
 from dmqexport.runtime import load_pipeline
-from dmqexport.workspace import file_errors
+from dmqexport.workspace import Reporter, file_errors, writable_folder
+
+_BATCH = 8
 
 
 def draw_grid(
@@ -26,6 +30,7 @@ def draw_grid(
     scheduler: str | None,
     scale: int,
     threads: int | None,
+    reporter: Reporter,
 ) -> int:
     """Write a PNG grid, one row a prompt, one column a seed; returns the number of pictures.
 
@@ -34,29 +39,43 @@ def draw_grid(
     """
     if output.suffix.lower() != ".png":
         raise RecipeError(f"{output}: pictures are written as PNG", hint="name the output something.png")
+    if output.is_dir():
+        raise RecipeError(f"{output} is a folder", hint="give a file, such as pictures.png")
+    writable_folder(output.parent)
+    start = time.perf_counter()
+    reporter.started("load")
     loaded = _as_model(bundle, threads, scheduler)
     if loaded.default_prompts and not prompts:
-        raise RecipeError("this model draws from text", hint='add --prompt "grinning face"')
+        raise RecipeError("this model draws from text, and no prompt is given", hint='add --prompt "grinning face"')
+    if prompts and not loaded.default_prompts:
+        raise RecipeError(f"{loaded.name} takes no prompts: it has no text encoder", hint="leave --prompt out")
+    reporter.finished("load", time.perf_counter() - start, False)
+    start = time.perf_counter()
+    reporter.started("sample")
     rows = list(prompts) or [""]
     sampling = bundle.manifest["sampling"]
     result = sample_images(
         loaded,
         [prompt for prompt in rows for _ in seeds] if prompts else None,
         [seed for _ in rows for seed in seeds],
-        steps=steps or int(sampling["steps"]),
+        steps=int(sampling["steps"]) if steps is None else steps,
         guidance=float(sampling["guidance"]) if guidance is None else guidance,
-        batch_size=8,
+        batch_size=_BATCH,
+        progress=reporter.progress,
     )
+    reporter.finished("sample", time.perf_counter() - start, False)
     height, width = result.images.shape[1:3]
     grid = result.images.reshape(len(rows), len(seeds), height, width, 3).swapaxes(1, 2)
     picture = Image.fromarray(np.ascontiguousarray(grid.reshape(len(rows) * height, len(seeds) * width, 3)))
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     with file_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(f".{output.name}.tmp")
-        picture.save(temporary, format="PNG")
-        temporary.replace(output)
+        temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+        try:
+            picture.save(temporary, format="PNG")
+            temporary.replace(output)
+        finally:
+            temporary.unlink(missing_ok=True)
     return len(result.images)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dmqexport.bundle import Bundle, open_bundle, read_json
-from dmqexport.errors import BundleError
+from dmqexport.errors import BundleError, EngineError
 from dmqexport.target import Target, cpu_has_vnni
 from engines.ort import OrtRunner
 
@@ -105,8 +105,19 @@ def load_denoiser(bundle: str | Path, *, threads: int | None = None, verify: boo
     opened = open_bundle(Path(bundle), verify=verify)
     check_machine(opened)
     config = read_json(opened.path / opened.component / "config.json")
-    runner = OrtRunner(opened.graph, threads=threads, config=opened.session_config)
-    return QuantizedDenoiser(runner, config, int(opened.manifest["num_timesteps"]))
+    return QuantizedDenoiser(open_runner(opened, threads), config, int(opened.manifest["num_timesteps"]))
+
+
+def open_runner(bundle: Bundle, threads: int | None = None) -> OrtRunner:
+    """The deployed graph in ONNX Runtime; raises BundleError when it is damaged, naming what differs."""
+    try:
+        return OrtRunner(bundle.graph, threads=threads, config=bundle.session_config)
+    except EngineError as error:
+        open_bundle(bundle.path, verify=True)  # says which file has changed, if one has
+        raise BundleError(
+            f"{bundle.graph}: the installed ONNX Runtime does not load this graph: {error.message}",
+            hint="the bundle is as it was built: install a newer onnxruntime, or rebuild it here",
+        ) from error
 
 
 def check_machine(bundle: Bundle) -> None:

@@ -1,0 +1,156 @@
+"""The verbs for finished bundles and for the machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dmqexport.cli_log import start_logging
+from dmqexport.cli_options import (
+    BundleArgument,
+    JsonOption,
+    QuietOption,
+    SchedulerOption,
+    StepsOption,
+    ThreadsOption,
+    VerboseOption,
+    VerifyOption,
+    WorkOption,
+)
+from dmqexport.errors import PerformanceGateError
+
+
+def run(
+    bundle: BundleArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="PNG to write.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; repeat for more rows.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed; repeat for more columns. Default 0."),
+    ] = None,
+    steps: StepsOption = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", metavar="X", help="Guidance scale. Default: the build's.")
+    ] = None,
+    scheduler: SchedulerOption = None,
+    scale: Annotated[int, typer.Option("--scale", metavar="N", min=1, max=32, help="Enlarge each pixel N times.")] = 1,
+    threads: ThreadsOption = None,
+    verify: VerifyOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw pictures with a bundle: a grid of prompts (rows) by seeds (columns).
+
+    \b
+      dmqexport run out/emoji -o a.png -p "grinning face" -p "red heart" --seed 1 --seed 2 --scale 4
+
+    The bundle's graph runs in ONNX Runtime on the CPU, whatever its target.
+    """
+    start_logging(verbose=verbose, quiet=quiet)
+    from dmqexport.bundle import open_bundle
+    from dmqexport.cli_console import console_reporter
+
+    opened = open_bundle(bundle, verify=verify)
+    with console_reporter(quiet=quiet) as reporter:
+        from dmqexport.draw import draw_grid
+
+        count = draw_grid(
+            opened, output, prompt or [], seed or [0], steps, guidance, scheduler, scale, threads, reporter
+        )
+    print(f"{output}: {count} picture{'' if count == 1 else 's'}")
+
+
+def inspect(
+    bundle: BundleArgument,
+    verify: VerifyOption = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer, worst first.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a bundle holds: bits, sizes, precision, what stayed in float and why.
+
+    Missing files and wrong sizes are always found; --verify also finds changed content (exit code 6).
+    """
+    start_logging(verbose=False)
+    from dmqexport.bundle import open_bundle
+
+    opened = open_bundle(bundle, verify=verify)
+    if as_json:
+        document = {key: value for key, value in opened.manifest.items() if key != "files"}
+        result = {"manifest": document, "metrics": opened.report["metrics"]}
+        if layers:
+            result["layers"] = opened.report["layers"]
+        print(json.dumps(result, indent=1))
+        return
+    from dmqexport.cli_console import print_bundle
+
+    print_bundle(opened, layers)
+    if verify:
+        print(f"verified: all {len(opened.manifest['files'])} files match the manifest")
+
+
+def bench(
+    bundle: BundleArgument,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Batch size.")] = 8,
+    runs: Annotated[int, typer.Option("--runs", metavar="N", min=3, help="Timed runs of each graph.")] = 30,
+    threads: ThreadsOption = None,
+    max_ratio: Annotated[
+        float | None, typer.Option("--max-ratio", metavar="X", help="Exit with 4 above this quantized/fp32.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", metavar="MODEL", help="The float model, if it has moved.")
+    ] = None,
+    work: WorkOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Time FP32 against quantized ONNX Runtime on the same inputs, interleaved; medians and ratio.
+
+    The float graph comes from the build's work folder, or is exported again from the model, which must be the one the
+    bundle was built from.
+    """
+    start_logging(verbose=verbose)
+    from dmqexport.bundle import open_bundle
+    from dmqexport.cli_console import console_reporter
+
+    opened = open_bundle(bundle)
+    with console_reporter(quiet=as_json) as reporter:
+        from dmqexport.bench import bench_bundle
+
+        result = bench_bundle(opened, batch, runs, threads, reporter, model=model, work=work)
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(
+            f"batch {result['batch']}, {result['threads']} threads, {result['runs']} runs each: "
+            f"fp32 {result['fp32_ms']:.2f} ms, quantized {result['quantized_ms']:.2f} ms, ratio {result['ratio']:.3f}"
+        )
+    if max_ratio is not None and result["ratio"] > max_ratio:
+        raise PerformanceGateError(f"ratio {result['ratio']:.3f} is above --max-ratio {max_ratio:g}")
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine can build and run, and what it lacks."""
+    start_logging(verbose=False)
+    from dmqexport.doctor import examine, render
+
+    found = examine()
+    print(json.dumps(found, indent=1) if as_json else render(found))
+
+
+def models(as_json: JsonOption = False) -> None:
+    """List the model presets: name, source, licence, and what to know."""
+    from dmqexport.models.presets import PRESETS
+
+    rows: list[dict[str, Any]] = [
+        {"name": preset.name, "source": preset.hub_id or "bundled", "licence": preset.licence, "note": preset.note}
+        for preset in PRESETS.values()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from dmqexport.cli_console import columns
+
+    print(columns([tuple(str(value) for value in row.values()) for row in rows], indent=""))

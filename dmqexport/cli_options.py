@@ -1,0 +1,63 @@
+"""The options that several verbs share, each with its line of the manual."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("-m", "--model", metavar="MODEL", help="Preset (`dmqexport models`), hub id, or diffusers folder."),
+]
+OutputOption = Annotated[
+    Path, typer.Option("-o", "--output", metavar="FOLDER", help="The bundle. Work goes to FOLDER.work beside it.")
+]
+BitsOption = Annotated[
+    str | None,
+    typer.Option("--bits", metavar="wNaM", help="Weight and activation bits: w4a4, w8a8 (default), w4a16 ..."),
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option("--target", metavar="TARGET", help="onnx, ort-cpu (default), trt-rtx or trt; see `dmqexport doctor`."),
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe, as --dry-run prints it; options override.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, e.g. calibration.batch_size=8. May be repeated."),
+]
+RowsOption = Annotated[
+    int | None, typer.Option("--rows", metavar="N", help="Rows of the timestep table: groups of timesteps. Default 10.")
+]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", metavar="N", min=1, help="Denoising steps. Default: the model's.")
+]
+SchedulerOption = Annotated[
+    str | None, typer.Option("--scheduler", metavar="NAME", help="ddim, ddpm, euler ... Default: the model's.")
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--calib-prompts", metavar="FILE", help="Calibration prompts, one a line.")
+]
+SizeOption = Annotated[
+    int | None, typer.Option("--calib-size", metavar="N", help="Float trajectories to calibrate on. Default 64.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of everything random. Default 0.")]
+AttentionOption = Annotated[
+    int | None,
+    typer.Option("--attention-bits", metavar="N", help="Quantize the attention matmuls too. Default: float."),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+]
+WorkOption = Annotated[Path | None, typer.Option("--work", metavar="FOLDER", help="Work folder, instead of -o's.")]
+ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Reuse finished stages, or do all anew.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Log details, and tracebacks of errors.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors and the result.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, the -o of a build.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", metavar="N", min=1, help="Threads. Default: every core.")
+]
+VerifyOption = Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file first.")]

@@ -15,7 +15,7 @@ from calib.range_search import (
     search_weight,
 )
 
-fixed = settings(deadline=None, derandomize=True, max_examples=25)
+fixed = settings(deadline=None, derandomize=True, max_examples=12)
 ALL_BITS = range(2, 9)
 
 

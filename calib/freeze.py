@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from calib.observer import ATTENTION_OPERANDS, ActivationStatistics
 from calib.probe import LayerInfo, ProbeResult
 from calib.range_search import search_activation, search_centered, search_weight
-from dmqexport.quant_plan import Allocation, AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_plan import (
+    Allocation,
+    AttentionQuant,
+    ChannelFold,
+    LayerOp,
+    LayerQuant,
+    QuantPlan,
+    QuantWeights,
+    Segment,
+)
 from dmqexport.quant_types import (
     MAX_BITS,
     ActivationQuant,
@@ -39,6 +48,7 @@ def freeze(
     model_fingerprint: str,
     requested: str,
     codes_path: Path,
+    folds: tuple[ChannelFold, ...] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantPlan:
     """Choose every scale and zero_point by least error, write the weight codes to `codes_path`, return the plan.
@@ -75,6 +85,7 @@ def freeze(
         attentions=tuple(attentions),
         float_layers=float_layers,
         allocation=_allocation(layers, found, requested),
+        folds=folds,
     )
 
 

@@ -140,17 +140,21 @@ def probe(denoiser: nn.Module, run: Callable[[int], Any]) -> ProbeResult:
     unsupported: dict[str, str] = {}
     concat_mode = _ConcatMode()
     calls: dict[str, int] = {}
+    identities: dict[str, tuple[Any, ...]] = {}
+    attended: dict[str, int] = {}
 
     def observe(name: str, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             inputs[index][name] = args[0]
             if index == 0:
+                identities[name] = _identity(args[0])
                 shapes[name] = (args[0], output)
                 calls[name] = calls.get(name, 0) + 1
 
         return hook
 
     def attend(name: str, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
+        attended[name] = attended.get(name, 0) + 1
         if extra.get("attn_mask") is not None or extra.get("is_causal"):
             unsupported[name] = "masked attention stays in float"
         elif name not in attentions:
@@ -158,6 +162,10 @@ def probe(denoiser: nn.Module, run: Callable[[int], Any]) -> ProbeResult:
         return F.scaled_dot_product_attention(query, key, value, **extra)
 
     names = {name: op for name, module in denoiser.named_modules() if (op := layer_op(module)) is not None}
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            del names[name]
+            unsupported[name] = f"padding_mode {module.padding_mode!r}: quantized convolutions pad with zeros"
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Embedding):
             unsupported[name] = "embedding lookup: no multiplication to quantize"
@@ -173,10 +181,14 @@ def probe(denoiser: nn.Module, run: Callable[[int], Any]) -> ProbeResult:
                 run(index)
     for name in sorted(set(names) - set(shapes)):
         unsupported[name] = "never ran during the forward"
+    for name, count in attended.items():
+        if count > 1 and name in attentions:
+            attentions.remove(name)
+            unsupported[name] = f"attends {count} times in one forward: its uses may need different ranges"
     repeated = [name for name, count in calls.items() if count > 1]
     for name in repeated:
         unsupported[name] = f"called {calls[name]} times in one forward: its uses may need different ranges"
-    layers = _layers(denoiser, names, shapes, inputs, concat_mode, set(repeated))
+    layers = _layers(denoiser, names, shapes, inputs, identities, concat_mode, set(repeated))
     if not layers:
         raise CalibrationError("the model has no Conv2d or Linear that ran: nothing to quantize")
     return ProbeResult(tuple(layers), tuple(attentions), unsupported)
@@ -187,6 +199,7 @@ def _layers(
     names: Mapping[str, LayerOp],
     shapes: Mapping[str, tuple[Tensor, Tensor]],
     inputs: list[dict[str, Tensor]],
+    identities: Mapping[str, tuple[Any, ...]],
     concat_mode: _ConcatMode,
     skip: set[str],
 ) -> list[LayerInfo]:
@@ -200,8 +213,9 @@ def _layers(
         segments: tuple[tuple[int, int], ...] = ((0, channels),)
         module = denoiser.get_submodule(name)
         grouped = isinstance(module, nn.Conv2d) and module.groups != 1
-        if _identity(tensor) in concat_mode.concats and not grouped:
-            sizes = concat_mode.concats[_identity(tensor)][1]
+        identity = identities[name]
+        if identity in concat_mode.concats and not grouped and names[name] is LayerOp.CONV:
+            sizes = concat_mode.concats[identity][1]
             edges = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
             segments = tuple(pairwise(edges))
         positions = output.numel() // output.shape[0] // weight.shape[0]
@@ -210,7 +224,7 @@ def _layers(
                 name=name,
                 op=names[name],
                 segments=segments,
-                source=first_reader.setdefault(_identity(tensor), name),
+                source=first_reader.setdefault((identity, segments), name),
                 timestep_dependent=not torch.equal(inputs[0][name], inputs[1][name]),
                 parameters=weight.numel(),
                 macs=positions * weight.numel(),
@@ -220,8 +234,8 @@ def _layers(
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Two live tensors with this key hold the same memory in the same order."""
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    """Two live tensors with this key hold the same values: same memory, same order, same count of in-place changes."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version
 
 
 @contextmanager

@@ -28,8 +28,9 @@ class RowContext:
     def set_timestep(self, timestep: object, batch: int) -> None:
         """Look the rows of `timestep` up; one a sample."""
         values = broadcast_timestep(timestep, batch)
-        if int(values.min()) < 0 or int(values.max()) >= self.row_map.numel():
-            raise CalibrationError(f"timestep {int(values.max())} outside the table's 0 to {self.row_map.numel() - 1}")
+        outside = values[(values < 0) | (values >= self.row_map.numel())]
+        if outside.numel():
+            raise CalibrationError(f"timestep {int(outside[0])} outside the table's 0 to {self.row_map.numel() - 1}")
         self.rows = self.row_map[values]
 
 
@@ -42,13 +43,15 @@ class ActivationQuantizer(nn.Module):
     hi: Tensor
     shift: Tensor
     correction: Tensor
+    scale_ref: Tensor
 
     def __init__(self, name: str, qparams: ActivationQuant, context: RowContext) -> None:
         super().__init__()
         constants = qparams.constants()
         self.name, self.context, self.rows = name, context, qparams.rows
         self.has_rho, self.has_clip, self.has_shift = constants.has_rho, constants.has_clip, constants.has_shift
-        self.scale_ref = torch.tensor(constants.scale_ref, dtype=torch.float32)
+        # A buffer of its own: a scalar left on another device would be multiplied by its reciprocal, and round apart.
+        self.register_buffer("scale_ref", torch.tensor(constants.scale_ref, dtype=torch.float32), persistent=False)
         for key in ("rho", "inv_rho", "lo", "hi", "shift", "correction"):
             self.register_buffer(key, torch.from_numpy(getattr(constants, key).copy()), persistent=False)
 

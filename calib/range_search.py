@@ -59,9 +59,13 @@ def search_centered(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, 
     """Best symmetric scale of each row, zero_point fixed at half the codes. Arguments as in `search_asymmetric`."""
     zero = torch.full(low.shape, 2 ** (bits - 1), dtype=torch.int64)
     extreme = torch.maximum(-low, high).clamp_min(1e-12)
+    largest = 2 ** (bits - 1) - 1
     best: RangeResult | None = None
-    for shrink in torch.linspace(1.0, 0.08, 80).tolist():
-        scale = (extreme * (shrink / (2 ** (bits - 1) - 0.5))).to(torch.float32)
+    # Shrink 1 keeps both ends (values on an integer grid stay as they are); a slightly smaller scale uses the code that
+    # the negative end has more. Denser near 1, where 8-bit optima lie.
+    near, far = torch.linspace(1.0, 0.9, 41).tolist(), torch.linspace(0.89, 0.08, 54).tolist()
+    for shrink in near + far:
+        scale = (extreme * shrink / largest).to(torch.float32)
         found = RangeResult(scale, zero, quantization_error(values, weights, scale, zero, bits))
         best = found if best is None else _choose(found.error < best.error, found, best)
     assert best is not None

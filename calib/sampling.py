@@ -72,7 +72,8 @@ class CalibrationSet:
     def save(self, path: Path) -> None:
         """Write to `path` as safetensors."""
         tensors = {f"inputs.{name}": value.contiguous() for name, value in self.inputs.items()}
-        save_file({**tensors, "trajectory": self.trajectory, "step": self.step}, str(path))
+        order = {"trajectory": self.trajectory.contiguous(), "step": self.step.contiguous()}
+        save_file({**tensors, **order}, str(path))
 
     @classmethod
     def load(cls, path: Path) -> "CalibrationSet":

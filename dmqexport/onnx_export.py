@@ -9,6 +9,7 @@ import ast
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -34,7 +35,7 @@ def export_float_graph(wrapped: nn.Module, inputs: Mapping[str, Tensor], path: P
     """Export `wrapped` (forward takes `inputs` by name, holds the model as `.denoiser`) to `path`, opset 21.
 
     The first axis of every input is the dynamic batch; the sample batch must be at least 2 so that it does not
-    specialise. Raises BindingError when a Conv2d or Linear that ran is missing in the graph.
+    specialise. Raises BindingError when the graph names no layer at all; `passes.bind` then checks every single one.
     """
     batch = torch.export.Dim("batch", min=1, max=4096)
     layers = {
@@ -111,12 +112,18 @@ def _annotate(model: ir.Model, layers: Mapping[str, nn.Module]) -> None:
 def _rename(model: ir.Model) -> None:
     """Name the nodes of a layer after it, and its result `<module>/output`: stable across runs and readable."""
     names = {value.name for value in model.graph.outputs}
+    seen: Counter[str] = Counter()
+
+    def unique(name: str) -> str:
+        seen[name] += 1  # a layer that runs twice has two nodes
+        return name if seen[name] == 1 else f"{name}.{seen[name]}"
+
     for node in model.graph:
         module, role = node.metadata_props.get(MODULE_KEY), node.metadata_props.get(ROLE_KEY)
         if module is None:
             continue
         kinds = {Role.QUERY_KEY: "QueryKey", Role.PROBABILITY_VALUE: "ProbabilityValue"}
-        node.name = f"{module}/{kinds.get(Role(str(role)), node.op_type)}"
+        node.name = unique(f"{module}/{kinds.get(Role(str(role)), node.op_type)}")
         output = node.outputs[0]
         biased = role == Role.COMPUTE and any(
             use.node.metadata_props.get(MODULE_KEY) == module and use.node.metadata_props.get(ROLE_KEY) == Role.BIAS
@@ -124,7 +131,7 @@ def _rename(model: ir.Model) -> None:
         )
         suffix = {Role.QUERY_KEY: "scores", Role.SOFTMAX: "probability"}.get(Role(str(role)), "output")
         if output.name not in names:
-            output.name = f"{module}/{'product' if biased else suffix}"
+            output.name = unique(f"{module}/{'product' if biased else suffix}")
 
 
 @contextmanager

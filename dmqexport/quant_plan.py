@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dmqexport.errors import BundleError
-from dmqexport.quant_types import ActivationQuant, CodeArray, IntArray, WeightQuant, frozen_array
+from dmqexport.quant_types import ActivationQuant, CodeArray, FloatArray, IntArray, WeightQuant, frozen_array
 
 SCHEMA_VERSION = 1
 PLAN_JSON = "quant_plan.json"
@@ -60,6 +60,8 @@ class LayerQuant:
         if not self.segments or self.segments[0].start != 0:
             raise ValueError(f"{self.name}: segments must start at channel 0")
         for left, right in zip(self.segments, self.segments[1:], strict=False):
+            if left.weight.bits != right.weight.bits:
+                raise ValueError(f"{self.name}: segments must share their weight bits")
             if left.stop != right.start:
                 raise ValueError(f"{self.name}: segments leave a gap at channel {left.stop}")
 
@@ -90,6 +92,23 @@ class AttentionQuant:
     value: ActivationQuant
 
 
+@dataclass(frozen=True, eq=False)
+class ChannelFold:
+    """A per-channel factor folded offline: `producer`'s output channels divided, `consumer`'s columns multiplied.
+
+    factor: float32 [channels] > 0. The float function is unchanged; the graph holds the folded weights.
+    """
+
+    producer: str
+    consumer: str
+    factor: FloatArray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor", frozen_array(self.factor, np.float32))
+        if self.factor.ndim != 1 or not bool(np.all(np.isfinite(self.factor) & (self.factor > 0))):
+            raise ValueError(f"{self.consumer}: fold factors must be a positive finite vector")
+
+
 @dataclass(frozen=True)
 class Allocation:
     """How the bits were chosen. `method` is `uniform` unless a budget was given."""
@@ -113,6 +132,7 @@ class QuantPlan:
     attentions: tuple[AttentionQuant, ...] = ()
     float_layers: Mapping[str, str] = field(default_factory=dict)
     allocation: Allocation = field(default_factory=lambda: Allocation("uniform", "", 0.0, None))
+    folds: tuple[ChannelFold, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -211,8 +231,13 @@ class QuantWeights:
 
     def codes(self, layer: str, segment: int) -> CodeArray:
         """Return the codes of one segment, int8 [out_channels, segment channels, ...]."""
+        key = f"{layer}#{segment}"
+        if key not in self:
+            raise BundleError(
+                f"{self.path}: no weight codes for {key!r}", hint="plan and codes are of different builds"
+            )
         with safe_open(str(self.path), framework="numpy") as handle:
-            array: CodeArray = handle.get_tensor(f"{layer}#{segment}")
+            array: CodeArray = handle.get_tensor(key)
         return array
 
     def __contains__(self, key: str) -> bool:
@@ -261,6 +286,10 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
         }
         for attention in plan.attentions
     ]
+    folds = []
+    for fold in plan.folds:
+        arrays[f"{fold.consumer}.fold"] = np.asarray(fold.factor)
+        folds.append({"producer": fold.producer, "consumer": fold.consumer, "channels": len(fold.factor)})
     document = {
         "schema_version": plan.schema_version,
         "model_fingerprint": plan.model_fingerprint,
@@ -269,6 +298,7 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
         "row_ranges": plan.row_ranges(),
         "layers": layers,
         "attentions": attentions,
+        "folds": folds,
         "float_layers": dict(plan.float_layers),
         "allocation": {
             "method": plan.allocation.method,
@@ -329,4 +359,8 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
         attentions=attentions,
         float_layers=document["float_layers"],
         allocation=Allocation(**known, details=allocation),
+        folds=tuple(
+            ChannelFold(item["producer"], item["consumer"], arrays[f"{item['consumer']}.fold"])
+            for item in document["folds"]
+        ),
     )

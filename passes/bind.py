@@ -57,15 +57,16 @@ def graph_layers(graph: ir.Graph) -> dict[str, LayerNodes]:
 
 def graph_attentions(graph: ir.Graph) -> dict[str, AttentionNodes]:
     """Every decomposed attention of the graph, by module name."""
-    found: dict[str, dict[Role, ir.Node]] = {}
+    found: dict[str, dict[Role, list[ir.Node]]] = {}
     for node in graph:
         module, role = module_of(node), role_of(node)
         if module is not None and role in (Role.QUERY_KEY, Role.PROBABILITY_VALUE):
-            found.setdefault(module, {})[role] = node
+            found.setdefault(module, {}).setdefault(role, []).append(node)
+    # A module that attends twice has no pair to tell from another.
     return {
-        name: AttentionNodes(name, nodes[Role.QUERY_KEY], nodes[Role.PROBABILITY_VALUE])
+        name: AttentionNodes(name, nodes[Role.QUERY_KEY][0], nodes[Role.PROBABILITY_VALUE][0])
         for name, nodes in found.items()
-        if len(nodes) == 2
+        if len(nodes) == 2 and all(len(items) == 1 for items in nodes.values())
     }
 
 

@@ -42,6 +42,8 @@ def _flattened_transpose(restore: ir.Node) -> ir.Value | None:
     """The rank-4 source if `restore` ends Reshape([-1, a, b]) → Transpose([0, 2, 1]) → Reshape(rank 4)."""
     if restore.op_type != "Reshape" or restore.inputs[0] is None:
         return None
+    if not restore.outputs[0].uses() and not restore.outputs[0].is_graph_output():
+        return None  # already replaced
     transpose = restore.inputs[0].producer()
     if transpose is None or transpose.op_type != "Transpose" or transpose.inputs[0] is None:
         return None

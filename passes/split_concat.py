@@ -41,6 +41,13 @@ class SplitConcat(ir.passes.InPlacePass):
                     f"split_concat: {layer.name} is planned in {len(layer.segments)} segments, "
                     "but its input is not a Concat of as many tensors in the graph"
                 )
+            for index, (part, segment) in enumerate(zip(concat.inputs, layer.segments, strict=True)):
+                channels = part.shape[1] if part is not None and part.shape is not None else None
+                if isinstance(channels, int) and channels != segment.stop - segment.start:
+                    raise LoweringError(
+                        f"split_concat: segment {index} of {layer.name} has {segment.stop - segment.start} channels, "
+                        f"the Concat's input {index} has {channels}"
+                    )
             output = node.outputs[0]
             attributes = {name: node.attributes[name].value for name in node.attributes}
             total: ir.Value | None = None

@@ -4,6 +4,7 @@ import onnx_ir as ir
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import QuantPlan
+from passes.base import module_of
 from passes.bind import bind
 
 
@@ -38,6 +39,12 @@ class VerifyQDQ(ir.passes.InPlacePass):
             for node in (pair.query_key, pair.probability_value):
                 if not (_dequantized(node, 0) and _dequantized(node, 1)):
                     problems.append(f"{attention.name}: attention operand in float")
+        planned = set(bindings.layers) | set(bindings.attentions)
+        for node in model.graph:
+            if module_of(node) in planned or node.op_type not in ("Conv", "MatMul", "Gemm"):
+                continue
+            if _dequantized(node, 0) or _dequantized(node, 1):
+                problems.append(f"{module_of(node) or node.name}: reads codes, but the plan leaves it in float")
         if problems or expected == 0:
             raise LoweringError("verify_qdq: " + ("; ".join(problems[:20]) or "the plan quantizes nothing"))
         return ir.passes.PassResult(model, False)

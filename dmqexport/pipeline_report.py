@@ -57,6 +57,7 @@ class ReportBuilder:
                 for key in (
                     "eps_sqnr_db",
                     "image_psnr_db",
+                    "image_psnr_pooled_db",
                     "image_ssim",
                     "image_count",
                     "retrieval_accuracy",

@@ -118,7 +118,7 @@ class Validation:
         """`metrics.json` and `images.npy`."""
         build, recipe = self.build, self.recipe
         key = {
-            "version": 1,
+            "version": 2,
             "passes": build.passed.fingerprint,
             "reference": self.referenced.fingerprint,
             "validation": recipe.model_dump(mode="json", exclude={"gates", "latency_batch", "latency_runs"}),
@@ -254,12 +254,16 @@ class Validation:
         return result.images
 
     def _picture_metrics(self, reference: Evaluation, images: Array) -> dict[str, Any]:
-        """PSNR of the pooled error, SSIM, and retrieval accuracy of both models."""
-        error = ((images.astype(np.float64) - reference.images.astype(np.float64)) ** 2).mean()
+        """PSNR (mean over pictures, and of the pooled error), SSIM, and retrieval accuracy of both models."""
+        error = ((images.astype(np.float64) - reference.images.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
+        with np.errstate(divide="ignore"):
+            psnr = np.minimum(CAP_DB, 10 * np.log10(255.0**2 / error))
+            pooled = min(CAP_DB, float(10 * np.log10(255.0**2 / error.mean())))
         left, right = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in (images, reference.images))
         ssim = structural_similarity_index_measure(left, right, data_range=1.0)
         result: dict[str, Any] = {
-            "image_psnr_db": CAP_DB if error == 0 else min(CAP_DB, float(10 * np.log10(255.0**2 / error))),
+            "image_psnr_db": float(psnr.mean()),
+            "image_psnr_pooled_db": pooled,
             "image_ssim": float(torch.as_tensor(ssim)),
             "image_count": len(images),
         }

@@ -81,6 +81,7 @@ class Metrics(_Part):
 
     eps_sqnr_db: float | None
     image_psnr_db: float | None
+    image_psnr_pooled_db: float | None = None
     image_ssim: Annotated[float, Field(ge=-1, le=1)] | None
     retrieval_accuracy: Fraction | None = None
     retrieval_accuracy_fp: Fraction | None = None

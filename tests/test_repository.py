@@ -40,7 +40,7 @@ CONTRACTS = "dmqexport.errors dmqexport.quant_types dmqexport.quant_plan dmqexpo
 # Above the contracts, still no stage and no framework: what a user writes and what lies on disk.
 RECORDS = f"dmqexport dmqexport.recipe dmqexport.bundle dmqexport.workspace {CONTRACTS}"
 
-ENGINE_VENDORS = "onnxruntime tensorrt tensorrt_rtx openvino polygraphy onnx onnx_graphsurgeon"
+ENGINE_VENDORS = "onnxruntime tensorrt tensorrt_rtx polygraphy onnx onnx_graphsurgeon"
 
 # The first row that matches a module holds for it, and no other.
 IMPORT_RULES = (
@@ -71,7 +71,7 @@ IMPORT_RULES = (
     # The composition root: hands the artifacts of one stage to the next, so it may name them all.
     ImportRule(
         "dmqexport.pipeline dmqexport.pipeline_*",
-        "torch torchmetrics onnx onnx_ir numpy dmqexport dmqexport.* calib.* passes.* engines.*",
+        "torch torchmetrics onnx onnx_ir numpy safetensors dmqexport dmqexport.* calib.* passes.* engines.*",
     ),
     # What the command line does with a bundle or a machine: runs engines, and neither calibrates nor rewrites graphs.
     ImportRule(
@@ -161,6 +161,26 @@ def test_modules_import_only_what_their_rule_allows(module: str) -> None:
         )
 
 
+# Import names whose distribution is called otherwise.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+
+
+def test_whatever_is_imported_is_declared() -> None:
+    """A package that only comes along with another goes away with it."""
+    project = _pyproject()["project"]
+    needed = [
+        *project["dependencies"],
+        *(each for extra in ("cpu", "gpu", "rtx") for each in project["optional-dependencies"][extra]),
+    ]
+    declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in needed}
+    for module, tree in TREES.items():
+        for found in _imports(tree):
+            top = found.name.partition(".")[0]
+            if top not in {*sys.stdlib_module_names, *PACKAGES}:
+                distribution = DISTRIBUTIONS.get(top, top.replace("_", "-").lower())
+                assert distribution in declared, f"{module} imports {top}; pyproject.toml does not name {distribution}"
+
+
 def test_the_walk_sees_every_form_of_import() -> None:
     code = """
 from typing import TYPE_CHECKING
@@ -202,14 +222,14 @@ def test_no_module_is_named_like_a_vendors_package_or_like_a_drawer() -> None:
     drawers = {"utils", "util", "helpers", "helper", "misc", "common"}
     named = [name for name in SOURCES if name.rpartition(".")[2] in vendors | drawers]
     # passes.lower.tensorrt is a target, named like its siblings; absolute imports keep it apart from the package.
-    assert set(named) <= {"passes.lower.tensorrt", "passes.lower.openvino"}
+    assert named in ([], ["passes.lower.tensorrt"])
 
 
 # --- lean imports -----------------------------------------------------------------------------------------------------
 
 FRAMEWORKS = {
     *("torch", "torchmetrics", "diffusers", "transformers", "tokenizers", "scipy"),
-    *("onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx", "openvino"),
+    *("onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx"),
 }
 
 
@@ -310,7 +330,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: zipfile.ZipFile) -> N
         path.relative_to(ROOT).as_posix()
         for name in PACKAGES
         for path in (ROOT / name).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".png"  # the README's pictures
     }
     held = {name for name in wheel.namelist() if name.partition("/")[0] in PACKAGES}
     assert held == source

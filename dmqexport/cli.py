@@ -54,6 +54,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# 128 + the signal, as shells do.
+_INTERRUPTED = 130
+_CLOSED_PIPE = 141
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -341,7 +345,9 @@ for _verb, _summary in (
 def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="dmqexport", standalone_mode=False)
+        if code == _INTERRUPTED:  # some releases of typer return this instead of raising
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except DmqExportError as error:
         logger.info("details", exc_info=error)
@@ -349,14 +355,22 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         kept = "; finished stages are kept, the same command resumes" if Session.resumable else ""
         print(f"interrupted{kept}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output has seen enough; what is left in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _closed_pipe()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer exits with 1 by itself
+            _closed_pipe()
+        raise
     except Exception as error:
         _unexpected(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _closed_pipe() -> None:
+    """The reader of our output has seen enough; what is left in the buffer goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(_CLOSED_PIPE)
 
 
 def _unexpected(error: Exception) -> None:

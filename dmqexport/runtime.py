@@ -51,21 +51,28 @@ class QuantizedDenoiser(nn.Module):
 
         Raises BundleError for inputs the graph was not built for and for timesteps outside its table.
         """
-        named = dict(zip(self.runner.input_names, args, strict=False))
-        named.update(kwargs)
+        names = self.runner.input_names
+        positional = dict(zip(names, args, strict=False))
+        # Optional arguments may follow by position too, as long as they are not used.
+        twice = [name for name in kwargs if name in positional]
+        if twice or any(value is not None for value in args[len(names) :]):
+            what = f"{twice} is given twice" if twice else f"{len(args)} positional arguments"
+            raise BundleError(f"{what}; the inputs of the deployed graph are {list(names)}")
+        named = {**positional, **kwargs}
         extra = [name for name, value in named.items() if name not in self.runner.input_names and value is not None]
         if extra:
             raise BundleError(
                 f"the deployed graph has no input for {extra}; its inputs are {list(self.runner.input_names)}",
                 hint="ControlNet residuals, added conditions and the like need a graph exported with them",
             )
+        missing = [name for name in names if named.get(name) is None]
+        if missing:
+            raise BundleError(f"input {', '.join(map(repr, missing))} is missing, got {sorted(named)}")
         sample = named["sample"]
         batch = sample.shape[0]
         inputs: dict[str, np.ndarray[Any, Any]] = {}
-        for name in self.runner.input_names:
-            value = named.get(name)
-            if value is None:
-                raise BundleError(f"input {name!r} is missing")
+        for name in names:
+            value = named[name]
             if name == "timestep":
                 inputs[name] = self._timestep(value, batch)
             else:
@@ -76,12 +83,15 @@ class QuantizedDenoiser(nn.Module):
 
     def _timestep(self, timestep: object, batch: int) -> np.ndarray[Any, Any]:
         tensor = torch.as_tensor(timestep).detach().cpu()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise BundleError(f"timestep {tensor.tolist()} is not finite")
         values = (tensor.round() if tensor.is_floating_point() else tensor).to(torch.int64).reshape(-1)
         if values.numel() not in (1, batch):
             raise BundleError(f"{values.numel()} timesteps for a batch of {batch}")
         if int(values.min()) < 0 or int(values.max()) >= self.num_timesteps:
+            outside = values.min() if int(values.min()) < 0 else values.max()
             raise BundleError(
-                f"timestep {int(values.max())} outside 0 to {self.num_timesteps - 1}",
+                f"timestep {int(outside)} outside 0 to {self.num_timesteps - 1}",
                 hint="the scheduler's num_train_timesteps differs from the model's",
             )
         return values.expand(batch).contiguous().numpy()

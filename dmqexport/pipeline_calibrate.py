@@ -34,7 +34,7 @@ from dmqexport.workspace import StageRecord, Workspace, content_key
 #: Raise a stage's number when its result changes for the same inputs, so that old work folders are not reused.
 STAGE_VERSIONS = {
     "trajectories": 1,
-    "equalize": 1,
+    "equalize": 2,
     "statistics": 1,
     "plan": 1,
     "export": 1,
@@ -182,17 +182,17 @@ class Calibration:
                 strength,
                 self.workspace.reporter.progress,
             )
-            save_file({fold.consumer: fold.factor for fold in folds}, str(folder / "folds.safetensors"))
+            save_file({fold.producer: fold.factor for fold in folds}, str(folder / "folds.safetensors"))
 
         record = self.workspace.stage("equalize", key, build)
         factors = load_file(str(record.path / "folds.safetensors"))
-        folds = tuple(ChannelFold(site.producer, site.consumer, factors[site.consumer]) for site in sites)
-        apply_folds(self.model.denoiser, folds)
+        folds = tuple(ChannelFold(site.producer, site.consumers, factors[site.producer]) for site in sites)
+        apply_folds(self.model.denoiser, folds, lambda: self._denoise(self.calibration_set.select(torch.tensor([0]))))
         return folds
 
     def _fold_key(self) -> list[str]:
         """What the folded weights depend on, beside the model."""
-        return [content_key({"consumer": fold.consumer, "factor": fold.factor.tobytes().hex()}) for fold in self.folds]
+        return [content_key({"producer": fold.producer, "factor": fold.factor.tobytes().hex()}) for fold in self.folds]
 
     @cached_property
     def probe_result(self) -> ProbeResult:

@@ -94,19 +94,19 @@ class AttentionQuant:
 
 @dataclass(frozen=True, eq=False)
 class ChannelFold:
-    """A per-channel factor folded offline: `producer`'s output channels divided, `consumer`'s columns multiplied.
+    """A per-channel factor folded offline: `producer`'s output channels divided, its `consumers`' columns multiplied.
 
     factor: float32 [channels] > 0. The float function is unchanged; the graph holds the folded weights.
     """
 
     producer: str
-    consumer: str
+    consumers: tuple[str, ...]
     factor: FloatArray
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", frozen_array(self.factor, np.float32))
         if self.factor.ndim != 1 or not bool(np.all(np.isfinite(self.factor) & (self.factor > 0))):
-            raise ValueError(f"{self.consumer}: fold factors must be a positive finite vector")
+            raise ValueError(f"{self.producer}: fold factors must be a positive finite vector")
 
 
 @dataclass(frozen=True)
@@ -288,8 +288,8 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
     ]
     folds = []
     for fold in plan.folds:
-        arrays[f"{fold.consumer}.fold"] = np.asarray(fold.factor)
-        folds.append({"producer": fold.producer, "consumer": fold.consumer, "channels": len(fold.factor)})
+        arrays[f"{fold.producer}.fold"] = np.asarray(fold.factor)
+        folds.append({"producer": fold.producer, "consumers": list(fold.consumers), "channels": len(fold.factor)})
     document = {
         "schema_version": plan.schema_version,
         "model_fingerprint": plan.model_fingerprint,
@@ -360,7 +360,7 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
         float_layers=document["float_layers"],
         allocation=Allocation(**known, details=allocation),
         folds=tuple(
-            ChannelFold(item["producer"], item["consumer"], arrays[f"{item['consumer']}.fold"])
+            ChannelFold(item["producer"], tuple(item["consumers"]), arrays[f"{item['producer']}.fold"])
             for item in document["folds"]
         ),
     )

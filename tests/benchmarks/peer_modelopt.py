@@ -47,6 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.bit_allocation import uniform
+from calib.equalize import apply_folds, fold_sites, measure_folds
 from calib.freeze import freeze
 from calib.observer import Observer
 from calib.probe import ProbeResult, probe
@@ -58,6 +59,7 @@ from dmqexport.models.sampling import sample_images, set_denoiser
 from dmqexport.quant_plan import QuantWeights
 from dmqexport.quant_types import BitWidths
 
+EQUALIZE_ENTRIES = 512
 ROWS = 10
 SAMPLES_PER_ROW = 8192
 CALIBRATION_SEED = 1_000_000
@@ -159,6 +161,12 @@ def ours(bench: Bench, requested: Sequence[str]) -> Iterator[Row]:
     denoiser = bench.loaded.denoiser
     used = np.unique(bench.calibration.timesteps.numpy())
     row_map = used_rows(equal_groups(bench.loaded.num_train_timesteps, ROWS), used)
+    original = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    entries = bench.calibration.subset(EQUALIZE_ENTRIES, 0)
+    folds = measure_folds(
+        denoiser, fold_sites(denoiser), entries, lambda inputs: bench.run(denoiser, inputs), bench.batch_size, 0.5
+    )
+    apply_folds(denoiser, folds, lambda: bench.run(denoiser, entries.select(torch.tensor([0]))))
     statistics = Observer(bench.found, row_map, SAMPLES_PER_ROW, 0, attention=False).observe(
         denoiser, bench.calibration, lambda inputs: bench.run(denoiser, inputs), bench.batch_size
     )
@@ -178,6 +186,7 @@ def ours(bench: Bench, requested: Sequence[str]) -> Iterator[Row]:
                     sqnr, psnr = bench.judge(denoiser)
             kept = tuple(layer.name for layer in bench.found.layers if layer.name in plan.float_layers)
             yield Row(name, bits, sqnr, psnr, kept, bench.float_share(kept), seconds)
+    denoiser.load_state_dict(original)  # the peer starts from the model as it was
 
 
 def settings(bench: Bench, mtq: Any) -> list[Setting]:

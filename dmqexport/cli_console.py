@@ -184,7 +184,7 @@ def print_summary(document: Mapping[str, Any], path: Path) -> None:
     rows += [("warning", warning) for warning in document["warnings"]]
     if any(gate["passed"] is False for gate in document["gates"]):
         rows += [("try", suggestion) for suggestion in document["suggestions"]]
-    rows += [("bundle", str(path)), ("report", str(path / REPORT_HTML)), ("pictures", str(path / GRID))]
+    rows += [("bundle", str(path)), ("report", str(path / REPORT_HTML)), ("grid", str(path / GRID))]
     print(f"{document['model']['name']} {document['bits']} for {document['target']}\n{columns(rows)}")
 
 

@@ -15,7 +15,7 @@ from dmqexport.pipeline_validate import Validation
 from dmqexport.report.html import write_report
 from dmqexport.report.pictures import picture_grid
 from dmqexport.target import Target
-from dmqexport.workspace import replacing
+from dmqexport.workspace import replacing, writable_folder
 from engines.ort import OrtRunner
 
 #: Folders of a diffusers pipeline that a deployed denoiser still needs.
@@ -37,6 +37,7 @@ class BuildResult:
 def run_build(build: Build) -> BuildResult:
     """Run every stage and write the bundle. The bundle is written even when a gate fails, and says so."""
     check_replaceable(build.output)
+    writable_folder(build.output.resolve().parent)  # now, not after hours of calibration
     build.run(Stage.COMPILE)
     validation = Validation(build)
     report = ReportBuilder(build, validation)

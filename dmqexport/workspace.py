@@ -191,15 +191,15 @@ def peak_rss_bytes() -> int:
 def writable_folder(path: Path) -> None:
     """Make `path` and its parents, and prove that a file can be written there; raises ResourceError."""
     try:
-        with file_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".write-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
     except OSError as error:
-        if error.errno not in _PATH_ERRORS:
+        reason = {**_PATH_ERRORS, **_ACCESS_ERRORS, **_DISK_ERRORS}.get(error.errno or 0)
+        if reason is None:
             raise
-        raise ResourceError(f"{path}: cannot be written, {_PATH_ERRORS[error.errno]}", hint=_CHOOSE) from error
+        raise ResourceError(f"{path}: cannot be written, {reason}", hint=_CHOOSE) from error
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +381,29 @@ def test_output_of_somebody_else(plain_bundle: Built, tmp_path: Path) -> None:
     assert (mine / "thesis.tex").read_text() == "years of work"
     assert (bundle / "unet" / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "work").exists()
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A file system that even root cannot write to; needs the right to mount."""
+    folder = tmp_path / "ro"
+    folder.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder]).returncode
+    ):
+        pytest.skip("no right to mount")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_read_only_places_are_told_before_anything_is_computed(
+    tiny_plain: Path, tmp_path: Path, read_only: Path
+) -> None:
+    words = ("ro: cannot be written, the file system is read-only", "choose another")
+    refused(build(tiny_plain, read_only / "out", tmp_path / "work"), 5, words)
+    assert not (tmp_path / "work").exists()
+    refused(build(tiny_plain, tmp_path / "out", read_only / "work"), 5, ("ro/work: cannot be written",))
 
 
 def test_a_kept_bundle_survives_a_failing_build(plain_bundle: Built, tmp_path: Path, monkeypatch: Any) -> None:

@@ -19,6 +19,7 @@ from calib.freeze import freeze
 from calib.observer import Observer, load_statistics, save_statistics
 from calib.probe import LayerInfo, ProbeResult, probe
 from calib.sampling import TIMESTEP, CalibrationSet
+from calib.second_order import refine_weights
 from calib.timestep_table import PER_STEP, equal_groups, per_step, used_rows
 from dmqexport.bundle import is_replaceable
 from dmqexport.errors import RecipeError
@@ -36,13 +37,14 @@ STAGE_VERSIONS = {
     "trajectories": 1,
     "equalize": 2,
     "statistics": 1,
-    "plan": 1,
+    "plan": 2,
     "export": 1,
     "passes": 2,
     "compile": 1,
     "reference": 1,
 }
 _EQUALIZE_ENTRIES = 512  # channel extremes settle long before quantization ranges do
+_REFINE_ENTRIES = 1024  # second moments; more changes nothing measurable
 _CALIBRATION_SEED = 1_000_000  # far from the seeds of evaluation pictures
 
 
@@ -270,7 +272,8 @@ class Calibration:
             else:
                 patterns = list(boundary)
             overrides = {pattern: BitWidths.parse(text) for pattern, text in quantization.overrides.items()}
-            freeze(
+            reporter = self.workspace.reporter
+            plan = freeze(
                 self.model.denoiser,
                 found,
                 uniform(found, recipe.widths, patterns, overrides, quantization.keep_float),
@@ -281,8 +284,21 @@ class Calibration:
                 recipe.bits,
                 folder / WEIGHT_CODES,
                 self.folds,
-                self.workspace.reporter.progress,
-            ).save(folder)
+                reporter.progress,
+            )
+            if quantization.rounding == "second-order":
+                plan, codes = refine_weights(
+                    self.model.denoiser,
+                    plan,
+                    QuantWeights(folder / WEIGHT_CODES),
+                    self.calibration_set.subset(_REFINE_ENTRIES, recipe.seed),
+                    self._denoise,
+                    recipe.calibration.batch_size,
+                    recipe.seed,
+                    reporter.progress,
+                )
+                QuantWeights.save(folder / WEIGHT_CODES, codes)
+            plan.save(folder)
 
         return self.workspace.stage("plan", key, build)
 

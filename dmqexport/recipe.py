@@ -99,6 +99,9 @@ class QuantizationRecipe(_Section):
     keep_float: tuple[str, ...] = ()
     attention_bits: int | None = Field(default=None, ge=2, le=8, description="null leaves attention matmuls in float")
     split_concat: bool = True
+    rounding: Literal["nearest", "second-order"] = Field(
+        default="second-order", description="second-order: refit to quantized inputs, then compensate rounding (GPTQ)"
+    )
     equalize: float | None = Field(
         default=0.5, ge=0, le=1, description="strength of channel factors folded where exact; null folds none"
     )

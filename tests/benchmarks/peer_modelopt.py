@@ -53,6 +53,7 @@ from calib.observer import Observer
 from calib.probe import ProbeResult, probe
 from calib.quantizer import simulate
 from calib.sampling import TIMESTEP, CalibrationSet
+from calib.second_order import refine_weights
 from calib.timestep_table import equal_groups, used_rows
 from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.models.sampling import sample_images, set_denoiser
@@ -60,6 +61,7 @@ from dmqexport.quant_plan import QuantWeights
 from dmqexport.quant_types import BitWidths
 
 EQUALIZE_ENTRIES = 512
+REFINE_ENTRIES = 1024
 ROWS = 10
 SAMPLES_PER_ROW = 8192
 CALIBRATION_SEED = 1_000_000
@@ -181,6 +183,16 @@ def ours(bench: Bench, requested: Sequence[str]) -> Iterator[Row]:
                 plan = freeze(
                     denoiser, bench.found, chosen, statistics, row_map, None, bench.loaded.fingerprint, bits, codes
                 )
+                plan, refined = refine_weights(
+                    denoiser,
+                    plan,
+                    QuantWeights(codes),
+                    bench.calibration.subset(REFINE_ENTRIES, 0),
+                    lambda inputs: bench.run(denoiser, inputs),
+                    bench.batch_size,
+                    0,
+                )
+                QuantWeights.save(codes, refined)
                 seconds = calibrated + time.perf_counter() - start
                 with simulate(denoiser, plan, QuantWeights(codes)):
                     sqnr, psnr = bench.judge(denoiser)

@@ -1,0 +1,215 @@
+"""Weights re-fitted to what they will really read, then rounded by second-order error compensation; closed form.
+
+A layer's output error depends on the quantized input x̂, not on x. Least squares first moves the weight to
+W* = W (E[x x̂ᵀ] + λI)(E[x̂ x̂ᵀ] + λI)⁻¹, which uses the correlation of neighbouring inputs against their quantization
+noise; then columns are rounded one by one, each rounding error spread over the columns still open (GPTQ,
+arXiv:2210.17323, Algorithm 1, in its Cholesky form). Nothing is trained and nothing changes at run time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.probe import removing
+from calib.quantizer import ActivationQuantizer, QuantizedLayer, simulate
+from calib.range_search import search_weight
+from calib.sampling import TIMESTEP, CalibrationSet
+from dmqexport.quant_plan import LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_types import MAX_BITS, CodeArray, WeightQuant, code_range
+
+_RIDGE = 0.1  # of the mean diagonal; pulls W* back to W where calibration says little
+_DAMPING = 0.01  # of the mean diagonal, as in the paper
+_BLOCK = 128
+_LARGEST_INPUT = 4608  # a 3 × 3 convolution over 512 channels; two square matrices of this size take 170 MB
+_BATCH_POSITIONS = 1024  # output positions kept of every batch: enough for the moments, bounded in time
+_MEMORY_BYTES = 2**30
+
+
+@dataclass
+class _Moments:
+    """Running sums over positions: quantized·quantizedᵀ and float·quantizedᵀ, float32 [k, k]."""
+
+    quantized: Tensor
+    mixed: Tensor
+
+
+def refine_weights(
+    denoiser: nn.Module,
+    plan: QuantPlan,
+    weights: QuantWeights,
+    calibration: CalibrationSet,
+    run: Callable[[Mapping[str, Tensor]], object],
+    batch_size: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[QuantPlan, dict[str, CodeArray]]:
+    """Return the plan with refitted weight scales, and every weight's codes keyed `layer#segment`.
+
+    Layers at 8 bits (rounding is not their problem), grouped convolutions, and inputs too wide for a square matrix keep
+    their codes. Layers are taken in groups so that memory stays bounded however large the model is.
+    """
+    chosen = [layer for layer in plan.layers if _refinable(denoiser, layer)]
+    groups = list(_groups(denoiser, chosen))
+    refined: dict[str, LayerQuant] = {}
+    codes: dict[str, CodeArray] = {}
+    total = len(groups) * len(calibration)
+    for number, group in enumerate(groups):
+        offset = _offset(progress, number * len(calibration), total)
+        moments = _observe(denoiser, plan, weights, group, calibration, run, batch_size, seed, offset)
+        for layer in group:
+            refined[layer.name] = _refine(denoiser, layer, moments, codes)
+    for layer in plan.layers:
+        for index in range(len(layer.segments)):
+            key = f"{layer.name}#{index}"
+            if key not in codes:
+                codes[key] = weights.codes(layer.name, index)
+    return replace(plan, layers=tuple(refined.get(layer.name, layer) for layer in plan.layers)), codes
+
+
+def _offset(progress: Callable[[int, int], None] | None, start: int, total: int) -> Callable[[int], None]:
+    """Progress of one group within all groups."""
+    return lambda count: progress(start + count, total) if progress is not None else None
+
+
+def _width(denoiser: nn.Module, layer: LayerQuant) -> int:
+    weight = denoiser.get_submodule(layer.name).get_parameter("weight")
+    return int(weight[0].numel())
+
+
+def _refinable(denoiser: nn.Module, layer: LayerQuant) -> bool:
+    module = denoiser.get_submodule(layer.name)
+    grouped = isinstance(module, nn.Conv2d) and (module.groups != 1 or isinstance(module.padding, str))
+    return layer.weight_bits < MAX_BITS and not grouped and _width(denoiser, layer) <= _LARGEST_INPUT
+
+
+def _groups(denoiser: nn.Module, layers: Sequence[LayerQuant]) -> Iterator[list[LayerQuant]]:
+    group: list[LayerQuant] = []
+    size = 0
+    for layer in layers:
+        needed = 8 * _width(denoiser, layer) ** 2
+        if group and size + needed > _MEMORY_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(layer)
+        size += needed
+    if group:
+        yield group
+
+
+def _observe(
+    denoiser: nn.Module,
+    plan: QuantPlan,
+    weights: QuantWeights,
+    group: Sequence[LayerQuant],
+    calibration: CalibrationSet,
+    run: Callable[[Mapping[str, Tensor]], object],
+    batch_size: int,
+    seed: int,
+    progress: Callable[[int], None],
+) -> dict[str, _Moments]:
+    """Second moments of the group's inputs along the float model."""
+    with simulate(denoiser, replace(plan, layers=tuple(group), attentions=()), weights) as context:
+        quantized = {layer.name: denoiser.get_submodule(layer.name) for layer in group}
+    moments: dict[str, _Moments] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(layer: LayerQuant) -> Callable[..., None]:
+        simulated = quantized[layer.name]
+        assert isinstance(simulated, QuantizedLayer)
+
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+            tensor = args[0]
+            axis = 1 if isinstance(module, nn.Conv2d) else tensor.ndim - 1
+            for index, segment in enumerate(layer.segments):
+                part = tensor.narrow(axis, segment.start, segment.stop - segment.start)
+                quantizer = simulated.quantizers[index]
+                seen = part
+                if isinstance(quantizer, ActivationQuantizer):
+                    seen = quantizer.rescale(quantizer(part))
+                    if quantizer.has_shift:
+                        seen = seen - quantizer.per_sample(quantizer.correction, seen)
+                left, right = _columns(module, part), _columns(module, seen)
+                if len(left) > _BATCH_POSITIONS:
+                    kept = torch.randperm(len(left), generator=generator)[:_BATCH_POSITIONS]
+                    left, right = left[kept], right[kept]
+                key = f"{layer.name}#{index}"
+                if key not in moments:
+                    zeros = torch.zeros(right.shape[1], right.shape[1])
+                    moments[key] = _Moments(zeros, zeros.clone())
+                moments[key].quantized.addmm_(right.T, right)
+                moments[key].mixed.addmm_(left.T, right)
+
+        return observe
+
+    handles = [denoiser.get_submodule(layer.name).register_forward_pre_hook(hook(layer)) for layer in group]
+    with removing(handles), torch.no_grad():
+        for entries, batch in calibration.batches(batch_size):
+            context.set_timestep(batch[TIMESTEP], len(entries))
+            run(batch)
+            progress(int(entries[-1]) + 1)
+    return moments
+
+
+def _columns(module: nn.Module, tensor: Tensor) -> Tensor:
+    """The vectors that rows of the flattened weight are multiplied with, [positions, k]."""
+    if not isinstance(module, nn.Conv2d):
+        return tensor.reshape(-1, tensor.shape[-1])
+    assert not isinstance(module.padding, str)
+    unfolded = F.unfold(tensor, module.kernel_size, module.dilation, module.padding, module.stride)
+    return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
+
+
+def _refine(
+    denoiser: nn.Module, layer: LayerQuant, moments: Mapping[str, _Moments], codes: dict[str, CodeArray]
+) -> LayerQuant:
+    weight = denoiser.get_submodule(layer.name).get_parameter("weight").detach()
+    segments = []
+    for index, segment in enumerate(layer.segments):
+        key = f"{layer.name}#{index}"
+        part = weight[:, segment.start : segment.stop]
+        found = moments[key]
+        target = fit_least_squares(part.flatten(1), found.quantized, found.mixed)
+        rounded, qparams = round_second_order(target, found.quantized, segment.weight.bits)
+        codes[key] = rounded.reshape(part.shape).to(torch.int8).numpy()
+        segments.append(replace(segment, weight=qparams))
+    return replace(layer, segments=tuple(segments))
+
+
+def fit_least_squares(weight: Tensor, quantized: Tensor, mixed: Tensor) -> Tensor:
+    """The weight [out, k] that best maps quantized inputs to float outputs. weight [out, k]; both moments [k, k]."""
+    ridge = _RIDGE * quantized.diagonal().mean().clamp_min(1e-12) * torch.eye(len(quantized))
+    fitted: Tensor = torch.linalg.solve(quantized + ridge, (weight @ (mixed + ridge)).T).T
+    return fitted
+
+
+def round_second_order(weight: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, WeightQuant]:
+    """Signed codes [out, k] of `weight` and their quantizer, compensating each column's rounding in later columns.
+
+    moment: [k, k] sum of x̂ x̂ᵀ. Ranges are searched as for plain rounding, weighted by the moment's diagonal.
+    """
+    diagonal = moment.diagonal()
+    found = search_weight(weight, diagonal / diagonal.mean().clamp_min(1e-12), bits)
+    qparams = WeightQuant(bits, found.scale.numpy(), found.zero_point.numpy())
+    low, high = (torch.from_numpy(bound).unsqueeze(1).float() for bound in code_range(bits, qparams.zero_point))
+    scale = found.scale.unsqueeze(1)
+    damped = moment + _DAMPING * diagonal.mean().clamp_min(1e-12) * torch.eye(len(moment))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    open_weight, codes = weight.clone(), torch.zeros_like(weight)
+    for start in range(0, weight.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, weight.shape[1])
+        block, errors = open_weight[:, start:stop].clone(), torch.zeros(len(weight), stop - start)
+        local = upper[start:stop, start:stop]
+        for column in range(stop - start):
+            value = block[:, column : column + 1]
+            code = torch.round(value / scale).clamp(low, high)
+            codes[:, start + column : start + column + 1] = code
+            error = (value - code * scale) / local[column, column]
+            block[:, column:] -= error @ local[column : column + 1, column:]
+            errors[:, column : column + 1] = error
+        open_weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return codes, qparams

@@ -89,6 +89,7 @@ def make_document(layers: int = 60, rows: int = 10, seed: int = 0) -> dict[str, 
         "metrics": {
             "eps_sqnr_db": 22.17,
             "image_psnr_db": 33.48,
+            "image_psnr_pooled_db": 33.48,
             "image_ssim": 0.9714,
             "retrieval_accuracy": 0.949,
             "retrieval_accuracy_fp": 0.961,

@@ -1,6 +1,6 @@
 """What the pipeline must know of a denoiser family, and the registry that finds it by diffusers class name."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -46,16 +46,3 @@ def family_of(class_name: str) -> Family:
             return family
     known = ", ".join(sorted(family.class_name for family in families()))
     raise ModelError(f"denoiser class {class_name!r} is not supported", hint=f"supported: {known}")
-
-
-def sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the denoiser's sample, from its config; raises ModelError when it has no size."""
-    config: Any = denoiser.config
-    size = config.sample_size
-    if size is None:
-        raise ModelError(
-            "the denoiser's config.json has no sample_size, so its input has no known shape",
-            hint='add the height and width it was trained on, like "sample_size": 64',
-        )
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return int(config.in_channels), int(height), int(width)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
-from dmqexport.models.family import sample_shape
+from dmqexport.models.shapes import sample_shape
 
 
 class UNet2DFamily:

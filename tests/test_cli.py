@@ -247,7 +247,7 @@ def test_inspect(text_bundle: Built, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_closed_pipe_is_no_error(text_bundle: Built) -> None:
-    inspect = f"{sys.executable} -m dmqexport.cli inspect {text_bundle.path} --layers"
+    inspect = f"'{sys.executable}' -m dmqexport.cli inspect '{text_bundle.path}' --layers"
     command = f"{inspect} | head -1; echo ${{PIPESTATUS[0]}}"
     answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert answer.stderr == ""

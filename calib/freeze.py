@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from calib.observer import ATTENTION_OPERANDS, ActivationStatistics
@@ -117,7 +118,14 @@ def _freeze_layer(
 
 def _activation(observed: ActivationStatistics, bits: int) -> ActivationQuant:
     found = search_activation(observed.values, observed.weights, observed.low, observed.high, bits)
-    return ActivationQuant.from_rows(bits, found.scale.numpy(), found.zero_point.numpy())
+    scale, zero_point = found.scale.clone(), found.zero_point.clone()
+    dead = observed.high <= observed.low
+    if bool(dead.any()) and not bool(dead.all()):
+        # A row that saw only one value has no range; it takes the widest live one, which can hold whatever comes and
+        # does not drag the tables' common scale to nothing.
+        widest = torch.where(dead, torch.zeros_like(scale), scale).argmax()
+        scale[dead], zero_point[dead] = scale[widest], zero_point[widest]
+    return ActivationQuant.from_rows(bits, scale.numpy(), zero_point.numpy())
 
 
 def _weight(part: Tensor, second_moment: Tensor, bits: int, op: LayerOp) -> WeightQuant:

@@ -301,11 +301,11 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
         "folds": folds,
         "float_layers": dict(plan.float_layers),
         "allocation": {
+            **plan.allocation.details,
             "method": plan.allocation.method,
             "budget": plan.allocation.budget,
             "average_weight_bits": plan.allocation.average_weight_bits,
             "average_activation_bits": plan.allocation.average_activation_bits,
-            **plan.allocation.details,
         },
     }
     return document, arrays

@@ -13,9 +13,6 @@ from dmqexport.errors import EngineError
 from engines.compare import LintFinding, compare_graphs, lint_graph, version
 from engines.ort import Optimization, OrtRunner
 
-pytest.importorskip("polygraphy")
-pytest.importorskip("onnxruntime")
-
 SCALED = """
 <ir_version: 10, opset_import: ["" : 21]>
 scaled (float[batch, 4] sample) => (float[batch, 4] out_sample)
@@ -166,12 +163,10 @@ def test_prints_nothing(reference: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_clean_graph_has_no_findings(reference: Path) -> None:
-    pytest.importorskip("onnx_graphsurgeon")
     assert lint_graph(reference) == []
 
 
 def test_external_data_is_found_beside_the_graph(tmp_path: Path) -> None:
-    pytest.importorskip("onnx_graphsurgeon")
     model = onnx.parser.parse_model(SCALED.format(factor="1, 1, 1, 1"))
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones(4, np.float32), "factor"))
     path = tmp_path / "model.onnx"
@@ -181,7 +176,6 @@ def test_external_data_is_found_beside_the_graph(tmp_path: Path) -> None:
 
 
 def test_operators_that_onnxruntime_adds_are_no_findings(tmp_path: Path) -> None:
-    pytest.importorskip("onnx_graphsurgeon")
     path = _write(
         tmp_path / "contrib.onnx",
         """
@@ -194,7 +188,6 @@ def test_operators_that_onnxruntime_adds_are_no_findings(tmp_path: Path) -> None
 
 
 def test_findings_name_the_node(tmp_path: Path) -> None:
-    pytest.importorskip("onnx_graphsurgeon")
     path = _write(
         tmp_path / "faulty.onnx",
         """
@@ -214,7 +207,6 @@ def test_findings_name_the_node(tmp_path: Path) -> None:
 
 
 def test_lint_runs_on_the_inputs_it_is_given(tmp_path: Path) -> None:
-    pytest.importorskip("onnx_graphsurgeon")
     path = _write(
         tmp_path / "gather.onnx",
         """
@@ -229,7 +221,6 @@ def test_lint_runs_on_the_inputs_it_is_given(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
-    pytest.importorskip("onnx_graphsurgeon")
     path = tmp_path / "model.onnx"
     path.write_bytes(b"\xff not a graph")
     assert [finding.level for finding in lint_graph(path)] == ["error"]

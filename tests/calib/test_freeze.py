@@ -1,28 +1,124 @@
-"""From statistics to quantizers: what a row without a range gets."""
+"""From statistics to a plan: shared quantizers, codes that fit their scales, a full account of what is float."""
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+from calib_fixture import TIMESTEPS, ParallelDenoiser, random_calibration, run_on
+from torch import nn
 
-from calib.freeze import _activation
-from calib.observer import ActivationStatistics
+from calib.bit_allocation import uniform
+from calib.freeze import freeze
+from calib.observer import ActivationStatistics, Observer
+from calib.probe import ProbeResult, probe
+from calib.timestep_table import equal_groups
+from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_types import BitWidths, dequantize_weight
 
-
-def test_a_dead_row_takes_the_widest_live_range() -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.stack(
-        [torch.randn(400, generator=generator), torch.zeros(400), 3 * torch.randn(400, generator=generator)]
-    )
-    observed = ActivationStatistics(
-        values, torch.ones_like(values), values.amin(dim=1), values.amax(dim=1), torch.zeros(0)
-    )
-    found = _activation(observed, 4)
-    assert found.scale[1] == found.scale[2] == found.scale.max()
-    assert found.zero_point[1] == found.zero_point[2]
-    assert found.scale.min() <= found.scale_ref <= found.scale.max()
+ROW_MAP = equal_groups(TIMESTEPS, 5)
+W4A4 = BitWidths(4, 4)
+Calibrated = tuple[nn.Module, ProbeResult, dict[str, ActivationStatistics]]
 
 
-def test_a_tensor_that_is_dead_throughout_still_has_a_quantizer() -> None:
-    values = torch.zeros(2, 50)
-    observed = ActivationStatistics(values, torch.ones_like(values), torch.zeros(2), torch.zeros(2), torch.zeros(0))
-    found = _activation(observed, 8)
-    assert found.rows == 1
-    assert found.scale_ref > 0
+@pytest.fixture(scope="module")
+def calibrated() -> Calibrated:
+    torch.manual_seed(0)
+    denoiser, calibration = ParallelDenoiser().eval(), random_calibration(20)
+    found = probe(denoiser, lambda index: run_on(denoiser, calibration, index))
+    observer = Observer(found, ROW_MAP, 512, seed=0, attention=True)
+    return denoiser, found, observer.observe(denoiser, calibration, lambda inputs: denoiser(**inputs), 5)
+
+
+def make(
+    calibrated: Calibrated,
+    folder: Path,
+    bits: BitWidths = W4A4,
+    overrides: dict[str, BitWidths] | None = None,
+    keep_float: list[str] | None = None,
+    attention_bits: int | None = None,
+) -> QuantPlan:
+    denoiser, found, statistics = calibrated
+    chosen = uniform(found, bits, ["conv"], overrides or {}, keep_float or [])
+    return freeze(denoiser, found, chosen, statistics, ROW_MAP, attention_bits, "model", str(bits), folder / "codes")
+
+
+def test_readers_of_one_tensor_share_a_quantizer_only_at_equal_bits(calibrated: Calibrated, tmp_path: Path) -> None:
+    def activations(plan: QuantPlan) -> dict[str, object]:
+        return dict(plan.activations())
+
+    same = activations(make(calibrated, tmp_path, overrides={"conv": W4A4}))
+    assert same["conv#0"] is same["conv_shared#0"]
+    other = activations(make(calibrated, tmp_path))
+    assert other["conv#0"] is not other["conv_shared#0"]
+    assert "joined#1" in other
+
+
+def test_rows_follow_the_timestep_only_where_the_tensor_does(calibrated: Calibrated, tmp_path: Path) -> None:
+    plan = make(calibrated, tmp_path)
+    rows = {name: activation.rows for name, activation in plan.activations()}
+    assert plan.rows == 5
+    assert rows["text#0"] == 1
+    assert rows["scaled#0"] == 5
+    scale = dict(plan.activations())["scaled#0"].scale
+    assert bool(np.all(np.diff(scale) > 0))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_on_disk_are_the_weights(calibrated: Calibrated, tmp_path: Path, bits: int) -> None:
+    denoiser = calibrated[0]
+    plan = make(calibrated, tmp_path, BitWidths(bits, None), {"conv": BitWidths(bits, None)})
+    weights = QuantWeights(tmp_path / "codes")
+    for layer in plan.layers:
+        assert (layer.weight_bits, layer.activation_bits) == (bits, None)
+        weight = denoiser.get_submodule(layer.name).weight.detach().numpy()
+        for index, segment in enumerate(layer.segments):
+            codes = weights.codes(layer.name, index)
+            part = weight[:, segment.start : segment.stop] if len(layer.segments) > 1 else weight
+            assert codes.shape == part.shape
+            error = np.sqrt(np.mean((dequantize_weight(codes, segment.weight) - part) ** 2) / np.mean(part**2))
+            assert error < {2: 0.6, 3: 0.3, 4: 0.15, 5: 0.08, 6: 0.04, 7: 0.02, 8: 0.01}[bits]
+
+
+def test_every_layer_is_either_planned_or_float_with_a_reason(calibrated: Calibrated, tmp_path: Path) -> None:
+    denoiser = calibrated[0]
+    plan = make(calibrated, tmp_path, keep_float=["t*"])
+    planned = {layer.name for layer in plan.layers}
+    parametric = {name for name, module in denoiser.named_modules() if hasattr(module, "weight")}
+    assert planned | set(plan.float_layers) == parametric | {"attention (attention matmuls)"}
+    assert not planned & set(plan.float_layers)
+    assert all(plan.float_layers.values())
+    assert plan.float_layers["text"] == "kept in float by the recipe"
+    assert "fused attention kernel" in plan.float_layers["attention (attention matmuls)"]
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_attention_quantizers_fit_the_two_matmuls(calibrated: Calibrated, tmp_path: Path, bits: int) -> None:
+    plan = make(calibrated, tmp_path, attention_bits=bits)
+    (attention,) = plan.attentions
+    assert attention.name == "attention"
+    assert attention.probability.bits == 8
+    assert bool(np.all(attention.probability.zero_point == 0))
+    for operand in (attention.query, attention.key, attention.value):
+        assert operand.bits == bits
+        assert not operand.constants().has_shift
+
+
+def test_averages_weigh_parameters_and_work(calibrated: Calibrated, tmp_path: Path) -> None:
+    plan = make(calibrated, tmp_path)
+    found = {info.name: info for info in calibrated[1].layers}
+    parameters = {layer.name: found[layer.name].parameters for layer in plan.layers}
+    weight = sum(layer.weight_bits * parameters[layer.name] for layer in plan.layers) / sum(parameters.values())
+    assert plan.allocation.average_weight_bits == pytest.approx(weight, abs=1e-6)
+    macs = sum(found[layer.name].macs for layer in plan.layers)
+    work = sum(found[layer.name].macs * (layer.activation_bits or 0) for layer in plan.layers) / macs
+    assert plan.allocation.average_activation_bits == pytest.approx(work, abs=1e-6)
+    weight_only = make(calibrated, tmp_path, BitWidths(4, None))
+    assert weight_only.allocation.average_activation_bits is None
+
+
+def test_freezing_twice_gives_the_same_plan(calibrated: Calibrated, tmp_path: Path) -> None:
+    first = make(calibrated, tmp_path, attention_bits=8)
+    codes = (tmp_path / "codes").read_bytes()
+    assert make(calibrated, tmp_path, attention_bits=8).fingerprint == first.fingerprint
+    assert (tmp_path / "codes").read_bytes() == codes

@@ -44,8 +44,8 @@ lint: $(TEST_STAMP) ## check style, format and types
 	"$(VENV)/bin/python" -m ruff format --check .
 	"$(VENV)/bin/python" -m mypy
 
-clean: ## remove the virtual environment, the caches and the demo's bundle
-	rm -rf "$(VENV)" "$(DEMO)" build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove the virtual environment, the caches, and what the demo built
+	rm -rf "$(VENV)" "$(DEMO)" "$(DEMO).work" build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find dmqexport calib passes engines tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(DEMO_STAMP): pyproject.toml | $(VENV)/bin/pip

@@ -1,6 +1,6 @@
 """Fake-quantized layers that compute what the deployed graph computes: the same codes, in the same order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,6 +212,3 @@ def simulate(denoiser: nn.Module, plan: QuantPlan, weights: QuantWeights) -> Ite
     finally:
         for name, module in originals.items():
             denoiser.set_submodule(name, module)
-
-
-ProgressFunction = Callable[[int, int], None]

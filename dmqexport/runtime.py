@@ -6,7 +6,6 @@
 Works with every scheduler (the timestep table is keyed on the timestep's value) and with batches that mix timesteps.
 """
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 
 from dmqexport.bundle import Bundle, open_bundle, read_json
 from dmqexport.errors import BundleError, EngineError
-from dmqexport.target import Target, cpu_has_vnni
+from dmqexport.target import cpu_has_vnni
 from engines.ort import OrtRunner
 
 
@@ -148,16 +147,3 @@ def load_pipeline(bundle: str | Path, *, threads: int | None = None) -> Any:
     opened = open_bundle(path)
     denoiser = load_denoiser(path, threads=threads)
     return pipeline_from_folder(path, {opened.component: denoiser})
-
-
-def deployed_targets(bundle: Bundle) -> str:
-    """One line on what the bundle's graph runs on."""
-    target = Target(bundle.manifest["target"])
-    if target in (Target.TRT, Target.TRT_RTX):
-        return f"{target.value} (its ONNX graph also runs in ONNX Runtime, in float32 arithmetic on the same codes)"
-    return "ONNX Runtime on CPU" if target is Target.ORT_CPU else "any ONNX runtime with opset 21"
-
-
-def describe(bundle: Bundle) -> str:
-    """The manifest without its file list, as JSON."""
-    return json.dumps({key: value for key, value in bundle.manifest.items() if key != "files"}, indent=1)

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from dmqexport.errors import BindingError
 from dmqexport.quant_plan import LayerOp, QuantPlan
-from passes.base import Role, constant_array, module_of, role_of, segment_of
+from passes.base import Role, module_of, role_of, segment_of
 
 _LOWERED = ("MatMulIntegerToFloat", "ConvInteger")
 _OPS = {LayerOp.CONV: ("Conv", *_LOWERED), LayerOp.LINEAR: ("MatMul", "Gemm", *_LOWERED)}
@@ -102,8 +102,3 @@ def bind(model: ir.Model, plan: QuantPlan) -> Bindings:
         {layer.name: layers[layer.name] for layer in plan.layers},
         {attention.name: attentions[attention.name] for attention in plan.attentions},
     )
-
-
-def weight_is_constant(node: ir.Node) -> bool:
-    """Whether the second operand is an initializer."""
-    return len(node.inputs) > 1 and constant_array(node.inputs[1]) is not None

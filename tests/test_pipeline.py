@@ -124,7 +124,6 @@ def test_canonical_graph_computes_what_the_fast_one_does(text_bundle: Built, tmp
     assert 10 * np.log10(signal_power / max(noise, 1e-30)) > 60
 
 
-@pytest.mark.skipif(flavor_version(TrtFlavor.RTX) is None, reason="TensorRT-RTX is not installed")
 def test_rtx_engine_is_built_and_proven(plain_bundle: Built, tmp_path: Path) -> None:
     answer = build(plain_bundle.model, tmp_path / "rtx", plain_bundle.work, "--bits", "w8a8", "--target", "trt-rtx")
     assert answer.code == 0, answer.err

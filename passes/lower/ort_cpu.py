@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights, Segment
 from dmqexport.quant_types import MAX_BITS, ActivationQuant, CodeArray
-from passes.base import Builder, Role, constant_array, module_of, redirect, role_of, segment_of, tag, take_name
+from passes.base import Builder, Role, constant_array, redirect, segment_of, tag, take_name
 from passes.bind import Bindings, LayerNodes, bind
 
 CONTRIB_DOMAIN = "com.microsoft"
@@ -327,12 +327,3 @@ def _movable_bias(nodes: LayerNodes, node: ir.Node, op: LayerOp) -> tuple[ir.Nod
     if bias is None or bias.size != bias.shape[-1 if op is LayerOp.LINEAR else 0]:
         return None
     return add, np.ascontiguousarray(bias.reshape(-1))
-
-
-def integer_compute(model: ir.Model) -> dict[str, str]:
-    """Operator that computes each planned layer in a lowered graph, by module."""
-    return {
-        module: node.op_type
-        for node in model.graph
-        if (module := module_of(node)) is not None and role_of(node) is Role.COMPUTE
-    }

@@ -15,7 +15,7 @@ from torch import Tensor
 import dmqexport
 from calib.bit_allocation import uniform
 from calib.equalize import apply_folds, fold_sites, measure_folds
-from calib.freeze import freeze
+from calib.freeze import LayerBits, freeze
 from calib.observer import Observer, load_statistics, save_statistics
 from calib.probe import LayerInfo, ProbeResult, probe
 from calib.sampling import TIMESTEP, CalibrationSet
@@ -251,32 +251,41 @@ class Calibration:
     # plan
 
     @cached_property
+    def layer_bits(self) -> dict[str, LayerBits]:
+        """The widths of every layer."""
+        quantization = self.recipe.quantization
+        patterns: list[str] = list(self.boundary)
+        if quantization.boundary is None:
+            # The family's list covers all its variants; a pattern the user wrote must match.
+            names = [layer.name for layer in self.probe_result.layers]
+            patterns = [p for p in patterns if any(fnmatchcase(name, p) for name in names)]
+        overrides = {pattern: BitWidths.parse(text) for pattern, text in quantization.overrides.items()}
+        return uniform(self.probe_result, self.recipe.widths, patterns, overrides, quantization.keep_float)
+
+    @property
+    def boundary(self) -> tuple[str, ...]:
+        """Patterns of the layers that stay at 8 bits."""
+        chosen = self.recipe.quantization.boundary
+        return tuple(self.model.family.boundary if chosen is None else chosen)
+
+    @cached_property
     def planned(self) -> StageRecord:
-        """QuantPlan and weight codes."""
+        """QuantPlan and weight codes, nothing trained."""
         recipe, quantization = self.recipe, self.recipe.quantization
-        boundary = self.model.family.boundary if quantization.boundary is None else quantization.boundary
         key = {
             "version": STAGE_VERSIONS["plan"],
             "statistics": self.calibrated.fingerprint,
             "bits": recipe.bits,
-            "boundary": boundary,
+            "layers": {name: str(item) for name, item in self.layer_bits.items()},
             "quantization": quantization.model_dump(mode="json"),
         }
 
         def build(folder: Path) -> None:
-            found = self.probe_result
-            if quantization.boundary is None:
-                # The family's list covers all its variants; a pattern the user wrote must match.
-                names = [layer.name for layer in found.layers]
-                patterns = [p for p in boundary if any(fnmatchcase(name, p) for name in names)]
-            else:
-                patterns = list(boundary)
-            overrides = {pattern: BitWidths.parse(text) for pattern, text in quantization.overrides.items()}
             reporter = self.workspace.reporter
             plan = freeze(
                 self.model.denoiser,
-                found,
-                uniform(found, recipe.widths, patterns, overrides, quantization.keep_float),
+                self.probe_result,
+                self.layer_bits,
                 load_statistics(self.calibrated.path / "statistics.safetensors"),
                 self.row_map,
                 quantization.attention_bits,

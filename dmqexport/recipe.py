@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from dmqexport.errors import RecipeError
 from dmqexport.quant_types import BitWidths
+from dmqexport.recipe_sections import (
+    BITS_HINT,
+    BooleanError,
+    CalibrationRecipe,
+    LoweringRecipe,
+    QuantizationRecipe,
+    SamplingRecipe,
+    Section,
+    ValidationRecipe,
+)
 from dmqexport.target import Target
 
 SCHEMA_VERSION = 1
@@ -28,7 +38,6 @@ _WORDS = {
     "dict_type": "expected keys and values, such as {conv_in: w8a8}",
     "model_type": "expected a section of keys",
 }
-_BITS_HINT = "for example w4a4, w8a8 or w4a16 (16: float activations)"
 
 
 #: Options that are shorthands of recipe keys; errors name what the user typed.
@@ -47,113 +56,7 @@ OPTIONS = {
 }
 
 
-class _BooleanError(ValueError):
-    """(key, value) of a yes or no where something else belongs."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_values(cls, data: Any) -> Any:
-        """A section without keys is an empty one, and YAML's yes and no are no numbers, whatever Python thinks."""
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            kind = cls.model_fields[name].annotation if name in cls.model_fields else None
-            if value is None and isinstance(kind, type) and issubclass(kind, _Section):
-                continue
-            if isinstance(value, bool) and kind is not bool:
-                raise _BooleanError(name, value)
-            kept[name] = value
-        return kept
-
-
-class SamplingRecipe(_Section):
-    """How trajectories and pictures are drawn; null means the model's own default."""
-
-    scheduler: str | None = Field(default=None, description="short scheduler name, e.g. ddim; null keeps the model's")
-    steps: int | None = Field(default=None, ge=1, le=1000, description="denoising steps")
-    guidance: float | None = Field(default=None, ge=0, description="classifier-free guidance scale")
-
-
-class CalibrationRecipe(_Section):
-    """What the activation ranges are measured on."""
-
-    prompts: str | None = Field(default=None, description="text file, one prompt a line; null: the model's own")
-    size: int = Field(default=64, ge=1, description="float trajectories")
-    rows: int = Field(default=10, ge=1, description="rows of the timestep table")
-    row_assignment: Literal["equal-groups", "per-step"] = "equal-groups"
-    samples_per_row: int = Field(default=8192, ge=64, description="activation values kept per tensor and row")
-    batch_size: int = Field(default=32, ge=1)
-    embeddings: Literal["random"] | None = Field(default=None, description="for a UNet without text encoder")
-
-
-class QuantizationRecipe(_Section):
-    """Which layers get how many bits. Patterns are shell globs over fully qualified module names."""
-
-    boundary: tuple[str, ...] | None = Field(default=None, description="layers at 8 bit; null takes the family's list")
-    overrides: dict[str, str] = Field(default_factory=dict, description="pattern → wNaM; the last match wins")
-    keep_float: tuple[str, ...] = ()
-    attention_bits: int | None = Field(default=None, ge=2, le=8, description="null leaves attention matmuls in float")
-    split_concat: bool = True
-    rounding: Literal["nearest", "second-order"] = Field(
-        default="second-order", description="second-order: refit to quantized inputs, then compensate rounding (GPTQ)"
-    )
-    equalize: float | None = Field(
-        default=0.5, ge=0, le=1, description="strength of channel factors folded where exact; null folds none"
-    )
-
-    @field_validator("overrides")
-    @classmethod
-    def _widths(cls, value: dict[str, str]) -> dict[str, str]:
-        for pattern, text in value.items():
-            try:
-                BitWidths.parse(text)
-            except RecipeError as error:
-                where = "" if repr(text) in error.message else f"{text!r}, "
-                raise RecipeError(
-                    f"recipe key 'quantization.overrides', pattern {pattern!r}: {where}{error.message}",
-                    hint=error.hint or _BITS_HINT,
-                ) from error
-        return value
-
-
-class GatesRecipe(_Section):
-    """Thresholds; the build ends with exit code 3 (accuracy) or 4 (performance) when one fails. null: not gated."""
-
-    eps_sqnr_db: float | None = Field(default=6.0, description="least SQNR of the predicted noise against float")
-    image_psnr_db: float | None = None
-    image_ssim: float | None = None
-    retrieval_drop: float | None = Field(default=None, ge=0, le=1, description="largest loss of retrieval accuracy")
-    latency_ratio: float | None = Field(default=None, gt=0, description="largest quantized / float32 latency")
-
-
-class ValidationRecipe(_Section):
-    """How the deployed graph is judged."""
-
-    images: int = Field(default=16, ge=1, description="pictures compared with the float model's, same seeds")
-    retrieval: int = Field(default=200, ge=0, le=1355, description="captions of the retrieval metric (bundled model)")
-    entries: int = Field(default=400, ge=1, description="trajectory points whose predicted noise is compared")
-    layer_entries: int = Field(default=40, ge=1, description="trajectory points whose layer outputs are compared")
-    batch_size: int = Field(default=16, ge=1)
-    latency_batch: int = Field(default=8, ge=1)
-    latency_runs: int = Field(default=20, ge=3)
-    gates: GatesRecipe = GatesRecipe()
-
-
-class LoweringRecipe(_Section):
-    """Choices of the target graphs."""
-
-    cpu_isa: Literal["auto", "portable", "vnni"] = Field(
-        default="auto", description="auto: signed weights if this CPU has VNNI; portable: exact on every x86 CPU"
-    )
-    max_batch: int = Field(default=8, ge=1, description="largest batch of TensorRT profiles")
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """A build, fully resolved."""
 
     schema_version: Literal[1] = 1
@@ -175,7 +78,7 @@ class Recipe(_Section):
             return str(BitWidths.parse(value))
         except RecipeError as error:
             where = "" if repr(value) in error.message else f"bits {value!r}: "
-            raise RecipeError(where + error.message, hint=error.hint or _BITS_HINT) from error
+            raise RecipeError(where + error.message, hint=error.hint or BITS_HINT) from error
 
     @property
     def widths(self) -> BitWidths:
@@ -262,7 +165,7 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, info in model.model_fields.items():
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, _Section):
+        if isinstance(kind, type) and issubclass(kind, Section):
             keys += known_keys(kind, f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{name}")
@@ -277,7 +180,7 @@ def _explain(error: ValidationError, given: Collection[str]) -> list[str]:
         path = [str(part) for part in item["loc"]]
         value = item.get("input")
         cause = context.get("error")
-        if isinstance(cause, _BooleanError):
+        if isinstance(cause, BooleanError):
             name, value = cause.args
             path.append(name)
         key = ".".join(path)
@@ -286,7 +189,7 @@ def _explain(error: ValidationError, given: Collection[str]) -> list[str]:
             continue
         where = f"{OPTIONS[key]} (recipe key {key!r})" if key in given and key in OPTIONS else f"recipe key {key!r}"
         message = _WORDS.get(item["type"], item["msg"].replace("Input should be", "expected"))
-        if isinstance(cause, _BooleanError):
+        if isinstance(cause, BooleanError):
             message = "expected neither yes nor no"
         lines.append(f"{where}: {message}, got {value!r}")
     return lines

@@ -1,0 +1,47 @@
+"""The quantizer with gradients: what training sees of the codes that deployment computes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+        steps = values / scale
+        codes = steps.round()
+        codes = torch.minimum(torch.maximum(codes, -zero_point, out=codes), levels - zero_point, out=codes)
+        # Half a step of grace: a value that rounds to an end is inside.
+        inside = (steps - codes).abs_() <= 0.5
+        residual = torch.where(inside, codes - steps, codes)
+        ctx.save_for_backward(inside, residual, scale, zero_point)
+        return codes.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inside, residual, scale, zero_point = ctx.saved_tensors
+        gradient = gradients[0]
+        passed = gradient * inside
+        to_scale = to_zero = None
+        if ctx.needs_input_grad[1]:
+            to_scale = (gradient * residual).sum_to_size(scale.shape)
+        if ctx.needs_input_grad[2]:
+            to_zero = (gradient - passed).sum_to_size(zero_point.shape).mul_(-scale)
+        return passed if ctx.needs_input_grad[0] else None, to_scale, to_zero, None
+
+
+def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    """scale * clip(round_half_even(values / scale), -zero_point, levels - zero_point).
+
+    values: float32, any shape; scale > 0 and zero_point (an integer, or an integer reached through
+    `straight_through_round`) broadcast to it; levels = 2**bits - 1. Gradients: straight-through inside the range for
+    values, LSQ's for the scale (arXiv:1902.08153, Eq. 3), LSQ+'s for the zero_point (arXiv:2004.09576, Eq. 4).
+    """
+    result: Tensor = _FakeQuantize.apply(values, scale, zero_point, levels)  # type: ignore[no-untyped-call]
+    return result
+
+
+def straight_through_round(values: Tensor) -> Tensor:
+    """Round half to even; the gradient passes as if nothing had happened."""
+    return values + (values.round() - values).detach()

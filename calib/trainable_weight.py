@@ -1,0 +1,122 @@
+"""One weight in training: the float weight behind its codes, its rounding, or a low-rank adapter."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calib.fake_quantize import fake_quantize
+from calib.optimizer import ParameterGroup
+from dmqexport.quant_types import CodeArray, FloatArray, WeightQuant, code_range
+
+WeightMode = Literal["none", "full", "rounding", "adapter"]
+
+# AdaRound's rectified sigmoid (arXiv:2004.10568, Eq. 23): stretched, so that 0 and 1 are reached.
+_STRETCH, _SHIFT = 1.2, 0.1
+_EDGE = 0.49  # in steps: where a weight that was rounded away from its float value starts within its code
+
+
+class TrainableWeight(nn.Module):
+    """codes → weight, with a gradient into what the mode trains. All modes start at the plan's codes exactly.
+
+    full: the float weight, moved into its code's interval where second-order rounding chose another code than the
+    nearest; rounding: floor plus a variable in [0, 1]; adapter: codes * scale + B A (EfficientDM, Eq. 6).
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    base: Tensor
+    hard: bool
+
+    def __init__(self, original: Tensor, codes: CodeArray, plan: WeightQuant, mode: WeightMode, rank: int) -> None:
+        super().__init__()
+        self.plan, self.mode = plan, mode
+        self.levels = 2**plan.bits - 1
+        self.hard = False
+        spread = (-1, *([1] * (original.ndim - 1)))
+        self.register_buffer("scale", torch.from_numpy(plan.scale.copy()).reshape(spread), persistent=False)
+        self.register_buffer(
+            "zero_point", torch.from_numpy(plan.zero_point.copy()).float().reshape(spread), persistent=False
+        )
+        self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
+        start = torch.from_numpy(codes.copy()).float()
+        if mode == "rounding":
+            self._start_rounding(original, start)
+        elif mode == "adapter":
+            out, width = original.shape[0], original[0].numel()
+            self.register_buffer("base", start * self.scale)
+            self.up = nn.Parameter(torch.zeros(out, rank))
+            self.down = nn.Parameter(torch.randn(rank, width, generator=torch.Generator().manual_seed(out * width)))
+            self.down.data.mul_(width**-0.5)
+        else:
+            steps = original / self.scale
+            steps = torch.maximum(torch.minimum(steps, start + _EDGE), start - _EDGE)
+            self.latent = nn.Parameter(steps * self.scale, requires_grad=mode == "full")
+
+    def _start_rounding(self, original: Tensor, start: Tensor) -> None:
+        steps = original / self.scale
+        # The pair of codes that holds the float value, or the pair at the plan's code when that lies elsewhere.
+        floor = steps.floor()
+        floor = torch.maximum(torch.minimum(floor, start), start - 1)
+        self.register_buffer("base", floor)
+        share = (steps - floor).clamp(0.02, 0.98)
+        up = start > floor
+        share = torch.where(up, share.clamp_min(0.51), share.clamp_max(0.49))
+        self.variable = nn.Parameter(-torch.log(_STRETCH / (share + _SHIFT) - 1))
+
+    def groups(self, weights: float, rounding: float, adapter: float) -> list[ParameterGroup]:
+        """What the mode trains, with learning rates in units of the mean scale (EfficientDM, Sec. 3.3)."""
+        unit = float(self.scale.mean())
+        if self.mode == "full":
+            return [ParameterGroup([self.latent], weights * unit)]
+        if self.mode == "rounding":
+            return [ParameterGroup([self.variable], rounding)]
+        if self.mode == "adapter":
+            return [ParameterGroup([self.up, self.down], adapter * unit)]
+        return []
+
+    def forward(self) -> Tensor:
+        """The fake-quantized weight, float32, shape of the original."""
+        scale = self.scale * self.log_scale.exp()
+        if self.mode == "rounding":
+            soft = self._soft()
+            codes = self.base + (soft if not self.hard else (soft >= 0.5).float())
+            return torch.minimum(torch.maximum(codes, -self.zero_point), self.levels - self.zero_point) * scale
+        return fake_quantize(self._latent(), scale, self.zero_point, self.levels)
+
+    def _latent(self) -> Tensor:
+        if self.mode == "adapter":
+            return self.base + (self.up @ self.down).reshape(self.base.shape)
+        latent: Tensor = self.latent
+        return latent
+
+    def _soft(self) -> Tensor:
+        return (torch.sigmoid(self.variable) * _STRETCH - _SHIFT).clamp(0, 1)
+
+    def harden(self) -> None:
+        """Fix the rounding."""
+        if self.mode == "rounding":
+            self.hard = True
+
+    def regularizer(self, progress: float) -> Tensor:
+        """Σ 1 − |2h − 1|^β, β from 20 to 2 as `progress` goes from 0 to 1; 0 for other modes."""
+        if self.mode != "rounding" or self.hard:
+            return torch.zeros(())
+        beta = 2 + 18 * max(0.0, 1 - progress)
+        return (1 - (2 * self._soft() - 1).abs().pow(beta)).sum()
+
+    @torch.no_grad()
+    def freeze(self) -> tuple[WeightQuant, CodeArray]:
+        """qparams and signed codes, as the plan stores them."""
+        scale32 = (self.scale * self.log_scale.exp()).flatten()
+        scale: FloatArray = scale32.numpy().astype(np.float32)
+        qparams = WeightQuant(self.plan.bits, scale, self.plan.zero_point)
+        low, high = code_range(self.plan.bits, self.plan.zero_point)
+        shape = self.zero_point.shape
+        if self.mode == "rounding":
+            codes = (self.base + (self._soft() >= 0.5).float()).numpy()
+        else:
+            codes = torch.round(self._latent() / scale32.reshape(shape)).numpy()
+        clipped: CodeArray = np.clip(codes, low.reshape(shape), high.reshape(shape)).astype(np.int8)
+        return qparams, clipped

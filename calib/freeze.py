@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from calib.observer import ATTENTION_OPERANDS, ActivationStatistics
 from calib.probe import LayerInfo, ProbeResult
-from calib.range_search import search_activation, search_centered, search_weight
+from calib.range_search import RangeMethod, search_activation, search_centered, search_weight
 from dmqexport.quant_plan import (
     Allocation,
     AttentionQuant,
@@ -51,8 +51,9 @@ def freeze(
     codes_path: Path,
     folds: tuple[ChannelFold, ...] = (),
     progress: Callable[[int, int], None] | None = None,
+    search: RangeMethod = "mse",
 ) -> QuantPlan:
-    """Choose every scale and zero_point by least error, write the weight codes to `codes_path`, return the plan.
+    """Choose every scale and zero_point as `search` says, write the weight codes to `codes_path`, return the plan.
 
     Readers of the same tensor with the same bits get the same quantizer, so that the graph quantizes it once.
     """
@@ -65,7 +66,7 @@ def freeze(
         if choice.widths is None:
             float_layers[info.name] = choice.reason
             continue
-        layers.append(_freeze_layer(denoiser, info, choice, statistics, ranges, codes))
+        layers.append(_freeze_layer(denoiser, info, choice, statistics, ranges, codes, search))
         if progress is not None:
             progress(position + 1, len(found.layers))
     attentions: list[AttentionQuant] = []
@@ -75,7 +76,7 @@ def freeze(
                 "float by default: int8 Q/DQ would cost the fused attention kernel"
             )
         else:
-            attentions.append(_freeze_attention(name, statistics, attention_bits))
+            attentions.append(_freeze_attention(name, statistics, attention_bits, search))
     QuantWeights.save(codes_path, codes)
     return QuantPlan(
         model_fingerprint=model_fingerprint,
@@ -97,6 +98,7 @@ def _freeze_layer(
     statistics: Mapping[str, ActivationStatistics],
     ranges: dict[tuple[str, int, int], ActivationQuant],
     codes: dict[str, CodeArray],
+    search: RangeMethod,
 ) -> LayerQuant:
     assert choice.widths is not None
     weight = denoiser.get_submodule(info.name).get_parameter("weight").detach()
@@ -107,17 +109,17 @@ def _freeze_layer(
         if choice.widths.activation is not None:
             key = (info.source, index, choice.widths.activation)
             if key not in ranges:
-                ranges[key] = _activation(observed, choice.widths.activation)
+                ranges[key] = _activation(observed, choice.widths.activation, search)
             activation = ranges[key]
         part = weight if len(info.segments) == 1 else weight[:, start:stop]
-        qparams = _weight(part, observed.second_moment, choice.widths.weight, info.op)
+        qparams = _weight(part, observed.second_moment, choice.widths.weight, info.op, search)
         codes[f"{info.name}#{index}"] = quantize_weight(part.numpy(), qparams)
         segments.append(Segment(start, stop, qparams, activation))
     return LayerQuant(info.name, info.op, tuple(segments), info.parameters, choice.reason)
 
 
-def _activation(observed: ActivationStatistics, bits: int) -> ActivationQuant:
-    found = search_activation(observed.values, observed.weights, observed.low, observed.high, bits)
+def _activation(observed: ActivationStatistics, bits: int, search: RangeMethod) -> ActivationQuant:
+    found = search_activation(observed.values, observed.weights, observed.low, observed.high, bits, search)
     scale, zero_point = found.scale.clone(), found.zero_point.clone()
     dead = observed.high <= observed.low
     if bool(dead.any()) and not bool(dead.all()):
@@ -128,26 +130,28 @@ def _activation(observed: ActivationStatistics, bits: int) -> ActivationQuant:
     return ActivationQuant.from_rows(bits, scale.numpy(), zero_point.numpy())
 
 
-def _weight(part: Tensor, second_moment: Tensor, bits: int, op: LayerOp) -> WeightQuant:
+def _weight(part: Tensor, second_moment: Tensor, bits: int, op: LayerOp, search: RangeMethod) -> WeightQuant:
     importance: Tensor | None = None
     if second_moment.numel() == part.shape[1]:  # a grouped convolution sees only its own group's channels
         kernel = part[0, 0].numel() if op is LayerOp.CONV else 1
         # A floor keeps a channel that calibration never excited from being quantized to anything at all.
         importance = second_moment.clamp_min(1e-4 * float(second_moment.mean()) + 1e-12).repeat_interleave(kernel)
-    found = search_weight(part.flatten(1), importance, bits)
+    found = search_weight(part.flatten(1), importance, bits, search)
     return WeightQuant(bits, found.scale.numpy(), found.zero_point.numpy())
 
 
-def _freeze_attention(name: str, statistics: Mapping[str, ActivationStatistics], bits: int) -> AttentionQuant:
+def _freeze_attention(
+    name: str, statistics: Mapping[str, ActivationStatistics], bits: int, search: RangeMethod
+) -> AttentionQuant:
     operands: dict[str, ActivationQuant] = {}
     for operand in ATTENTION_OPERANDS:
         observed = statistics[f"{name}#{operand}"]
         # Softmax needs the most codes: most probabilities are near zero.
         width = MAX_BITS if operand == "probability" else bits
-        if operand != "probability" and width == MAX_BITS:
+        if operand != "probability" and width == MAX_BITS and search == "mse":
             found = search_centered(observed.values, observed.weights, observed.low, observed.high, width)
         else:
-            found = search_activation(observed.values, observed.weights, observed.low, observed.high, width)
+            found = search_activation(observed.values, observed.weights, observed.low, observed.high, width, search)
         operands[operand] = ActivationQuant.from_rows(width, found.scale.numpy(), found.zero_point.numpy())
     return AttentionQuant(name, **operands)
 

@@ -1,6 +1,7 @@
 """Ranges by least weighted squared error, searched over both ends at once and vectorized over rows or channels."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ _COARSE = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64, 0.56, 0.48, 0.4, 0.32, 0.24, 0
 _FINE = (0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.1)
 # A shifted 8-bit tensor costs an addition on both sides of the operator; it must pay for it.
 _SHIFT_MUST_GAIN = 0.8
+
+#: mse: the range of least weighted squared error; minmax: everything that was observed.
+RangeMethod = Literal["mse", "minmax"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,12 @@ def search_centered(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, 
     return best
 
 
-def search_activation(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> RangeResult:
+def search_activation(
+    values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int, search: RangeMethod = "mse"
+) -> RangeResult:
     """Best quantizer of an activation with all rows in one form (centered or shifted at 8 bits)."""
+    if search == "minmax":
+        return span_activation(values, weights, low, high, bits)
     if bits < MAX_BITS:
         return search_asymmetric(values, weights, low, high, bits)
     centered = search_centered(values, weights, low, high, bits)
@@ -82,11 +90,25 @@ def search_activation(values: Tensor, weights: Tensor, low: Tensor, high: Tensor
     return shifted if gain < _SHIFT_MUST_GAIN else centered
 
 
-def search_weight(weight: Tensor, importance: Tensor | None, bits: int) -> RangeResult:
-    """Best per-channel quantizer. weight [out, k]; importance [k] weighs the error of each input (mean of x²)."""
+def span_activation(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> RangeResult:
+    """Min-max: the whole observed range of every row, nothing clipped. Arguments as in `search_activation`.
+
+    The baseline that every paper starts from; 8 bits are centered, the form that costs a graph nothing.
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    return (_span_centered if bits == MAX_BITS else _evaluate)(values, weights, low, high, bits)
+
+
+def search_weight(weight: Tensor, importance: Tensor | None, bits: int, search: RangeMethod = "mse") -> RangeResult:
+    """Per-channel quantizer: best (`mse`) or whole range (`minmax`).
+
+    weight [out, k]; importance [k] weighs the error of each input (mean of x²).
+    """
     values = weight.to(torch.float32)
     weights = torch.ones_like(values) if importance is None else importance.to(torch.float32).expand_as(values)
     low, high = values.amin(dim=1), values.amax(dim=1)
+    if search == "minmax":
+        return span_activation(values, weights, low, high, bits)
     if bits == MAX_BITS:
         result = search_centered(values, weights, low, high, bits)
         assert int(result.zero_point[0]) == CENTERED_ZERO_POINT
@@ -100,6 +122,13 @@ def _evaluate(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: 
     scale = ((high - low) / levels).clamp_min(1e-12).to(torch.float32)
     zero_point = torch.round(-low / scale).clamp(0, levels).to(torch.int64)
     return RangeResult(scale, zero_point, quantization_error(values, weights, scale, zero_point, bits))
+
+
+def _span_centered(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> RangeResult:
+    zero = torch.full(low.shape, 2 ** (bits - 1), dtype=torch.int64)
+    extreme = torch.maximum(-low, high).clamp_min(1e-12)
+    scale = (extreme / (2 ** (bits - 1) - 1)).to(torch.float32)
+    return RangeResult(scale, zero, quantization_error(values, weights, scale, zero, bits))
 
 
 def _choose(better: Tensor, left: RangeResult, right: RangeResult) -> RangeResult:

@@ -294,6 +294,7 @@ class Calibration:
                 folder / WEIGHT_CODES,
                 self.folds,
                 reporter.progress,
+                quantization.range,
             )
             if quantization.rounding == "second-order":
                 plan, codes = refine_weights(

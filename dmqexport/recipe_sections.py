@@ -62,6 +62,9 @@ class QuantizationRecipe(Section):
     keep_float: tuple[str, ...] = ()
     attention_bits: int | None = Field(default=None, ge=2, le=8, description="null leaves attention matmuls in float")
     split_concat: bool = True
+    range: Literal["mse", "minmax"] = Field(
+        default="mse", description="mse: ranges of least squared error; minmax: all that was observed, as a baseline"
+    )
     rounding: Literal["nearest", "second-order"] = Field(
         default="second-order", description="second-order: refit to quantized inputs, then compensate rounding (GPTQ)"
     )

@@ -122,3 +122,16 @@ def test_freezing_twice_gives_the_same_plan(calibrated: Calibrated, tmp_path: Pa
     codes = (tmp_path / "codes").read_bytes()
     assert make(calibrated, tmp_path, attention_bits=8).fingerprint == first.fingerprint
     assert (tmp_path / "codes").read_bytes() == codes
+
+
+def test_minmax_is_the_wider_and_worse_baseline(calibrated: Calibrated, tmp_path: Path) -> None:
+    denoiser, found, statistics = calibrated
+    chosen = uniform(found, W4A4, [], {}, [])
+    plain = freeze(
+        denoiser, found, chosen, statistics, ROW_MAP, 8, "model", "w4a4", tmp_path / "plain", search="minmax"
+    )
+    best = dict(make(calibrated, tmp_path).activations())
+    scales = dict(plain.activations())
+    assert set(best) <= set(scales)
+    assert all(bool(np.all(scales[name].scale >= best[name].scale * 0.95)) for name in best if best[name].bits == 4)
+    assert any(bool(np.all(scales[name].scale > best[name].scale * 1.05)) for name in best if best[name].bits == 4)

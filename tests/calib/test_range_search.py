@@ -193,3 +193,27 @@ def test_quantization_error_by_hand() -> None:
     # Row 0: codes 0 1 2 3, errors 0 0 0.4 6. Row 1: zero_point 1, codes -1 0 0 2 (ties to even), errors 0 .5 - .5.
     error = quantization_error(values, weights, torch.ones(2), torch.tensor([0, 1]), 2)
     torch.testing.assert_close(error, torch.tensor([(0.16 + 36) / 4, (2 * 0.25 + 0.25) / 4]).double())
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@given(seed=st.integers(0, 2**31))
+@fixed
+def test_minmax_clips_nothing_that_was_observed(bits: int, seed: int) -> None:
+    values, weights = random_rows(seed)
+    found = search_activation(values, weights, *extremes(values), bits, "minmax")
+    check_result(found, bits, 5)
+    scale, zero = found.scale.unsqueeze(1), found.zero_point.unsqueeze(1)
+    codes = torch.round(values / scale) + zero
+    # The zero point is rounded, so the far end may lie one code outside, never two.
+    assert int(codes.min()) >= -1
+    assert int(codes.max()) <= 2**bits
+    searched = search_activation(values, weights, *extremes(values), bits)
+    if bits < 8:
+        assert bool((searched.error <= found.error).all())
+
+
+def test_minmax_weights_use_the_whole_range() -> None:
+    weight = torch.tensor([[-3.0, 0.1, 1.0], [0.5, 2.0, 7.0]])
+    found = search_weight(weight, None, 4, "minmax")
+    torch.testing.assert_close(found.scale, torch.tensor([4.0 / 15, 7.0 / 15]))
+    assert found.zero_point.tolist() == [11, 0]

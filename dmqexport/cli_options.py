@@ -21,7 +21,12 @@ TargetOption = Annotated[
     typer.Option("--target", metavar="TARGET", help="onnx, ort-cpu (default), trt-rtx or trt; see `dmqexport doctor`."),
 ]
 RecipeOption = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe, as --dry-run prints it; options override.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="fast, default, full, dmq, efficientdm, dilatequant, or a YAML file as --dry-run prints it; options win.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

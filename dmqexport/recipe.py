@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from dmqexport import recipes
 from dmqexport.errors import RecipeError
 from dmqexport.quant_types import BitWidths
 from dmqexport.recipe_sections import (
@@ -90,12 +91,14 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(path: Path | None, options: Mapping[str, Any], assignments: Sequence[str]) -> Recipe:
-    """Merge a recipe file, command-line options (dotted key → value, None means not given) and `--set a.b=v`.
+def load_recipe(source: str | Path | None, options: Mapping[str, Any], assignments: Sequence[str]) -> Recipe:
+    """Merge a recipe, command-line options (dotted key → value, None means not given) and `--set a.b=v`.
 
-    Later wins. Raises RecipeError for a file that cannot be read, a value of the wrong type, and an unknown key, naming
+    source: a file, or the name of a recipe that ships with dmqexport. Later wins. Raises RecipeError for a name that
+    is not shipped, for a file that cannot be read, a value of the wrong type, and an unknown key, naming
     the nearest one.
     """
+    path = None if source is None else recipes.find(source)
     document = {} if path is None else _read(path)
     given = {key: value for key, value in options.items() if value is not None}
     for key, value in given.items():
@@ -118,9 +121,9 @@ def load_recipe(path: Path | None, options: Mapping[str, Any], assignments: Sequ
         return Recipe.model_validate(document)
     except ValidationError as error:
         problems = _explain(error, given)
-        source = "" if path is None or given or assignments else f"{path}: "
+        where = "" if path is None or given or assignments else f"{path}: "
         raise RecipeError(
-            source + "\n".join(problems), hint="--dry-run prints every key of a recipe that can be read"
+            where + "\n".join(problems), hint="--dry-run prints every key of a recipe that can be read"
         ) from error
 
 

@@ -15,6 +15,8 @@ class BooleanError(ValueError):
 
 
 class Section(BaseModel):
+    """A group of keys: frozen, without unknown keys, NaN or infinity."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")

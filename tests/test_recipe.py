@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dmqexport import recipes
 from dmqexport.errors import RecipeError
 from dmqexport.recipe import OPTIONS, Recipe, known_keys, load_recipe
 from dmqexport.target import Target
@@ -122,3 +123,32 @@ def test_unreadable_files(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.yaml"):
         with pytest.raises(RecipeError, match="cannot be read"):
             load_recipe(path, {}, [])
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_shipped_recipe_is_a_recipe_and_says_what_it_is(name: str) -> None:
+    recipe = load_recipe(name, {"model": "m"}, [])
+    assert recipe.model == "m"
+    assert recipes.find(name).read_text(encoding="utf-8").startswith("# ")
+    assert load_recipe(name, {"model": "m", "bits": "w6a6"}, ["calibration.rows=3"]).calibration.rows == 3
+
+
+def test_the_promised_names_are_shipped() -> None:
+    assert {"fast", "default", "full", "dmq", "efficientdm", "dilatequant"} <= set(recipes.names())
+
+
+def test_a_misspelt_recipe_name_teaches_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"'dilatequan'.*did you mean 'dilatequant'") as caught:
+        load_recipe("dilatequan", {"model": "m"}, [])
+    assert "efficientdm" in (caught.value.hint or "")
+
+
+def test_a_file_is_told_from_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("fast").write_text("seed: 7\n")
+    Path("mine").write_text("seed: 8\n")
+    assert load_recipe("fast", {"model": "m"}, []).seed == 0
+    assert load_recipe("./fast", {"model": "m"}, []).seed == 7
+    assert load_recipe("mine", {"model": "m"}, []).seed == 8
+    with pytest.raises(RecipeError, match=r"absent\.yaml cannot be read"):
+        load_recipe("absent.yaml", {"model": "m"}, [])

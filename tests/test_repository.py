@@ -38,7 +38,9 @@ class ImportRule:
 CONTRACTS = "dmqexport.errors dmqexport.quant_types dmqexport.quant_plan dmqexport.target"
 
 # Above the contracts, still no stage and no framework: what a user writes and what lies on disk.
-RECORDS = f"dmqexport dmqexport.recipe dmqexport.bundle dmqexport.workspace {CONTRACTS}"
+RECORDS = (
+    f"dmqexport dmqexport.recipe dmqexport.recipe_* dmqexport.recipes dmqexport.bundle dmqexport.workspace {CONTRACTS}"
+)
 
 ENGINE_VENDORS = "onnxruntime tensorrt tensorrt_rtx polygraphy onnx onnx_graphsurgeon"
 

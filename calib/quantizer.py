@@ -1,6 +1,6 @@
 """Fake-quantized layers that compute what the deployed graph computes: the same codes, in the same order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.observer import attention_operands
+from calib.observer import scaled_operands
 from calib.probe import AttentionMode, ModuleStack, removing
 from calib.sampling import TIMESTEP, broadcast_timestep
 from dmqexport.errors import CalibrationError
@@ -24,6 +24,7 @@ class RowContext:
     row_map: Tensor
     rows: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     codes: dict[str, Tensor] | None = None
+    listeners: list[Callable[[], None]] = field(default_factory=list)
 
     def set_timestep(self, timestep: object, batch: int) -> None:
         """Look the rows of `timestep` up; one a sample."""
@@ -32,10 +33,16 @@ class RowContext:
         if outside.numel():
             raise CalibrationError(f"timestep {int(outside[0])} outside the table's 0 to {self.row_map.numel() - 1}")
         self.rows = self.row_map[values]
+        for listener in self.listeners:
+            listener()
 
 
 class ActivationQuantizer(nn.Module):
-    """Canonical activation quantizer (numerics of the graph): Mul rho, clip or shift, Q/DQ with a constant scale."""
+    """Canonical activation quantizer (numerics of the graph): Mul rho, clip or shift, Q/DQ with a constant scale.
+
+    `axis` is where the channels of the tensor lie (1 before a convolution, -1 before a linear layer); it matters only
+    to quantizers with a channel factor.
+    """
 
     rho: Tensor
     inv_rho: Tensor
@@ -45,24 +52,28 @@ class ActivationQuantizer(nn.Module):
     correction: Tensor
     scale_ref: Tensor
 
-    def __init__(self, name: str, qparams: ActivationQuant, context: RowContext) -> None:
+    def __init__(self, name: str, qparams: ActivationQuant, context: RowContext, axis: int = -1) -> None:
         super().__init__()
         constants = qparams.constants()
-        self.name, self.context, self.rows = name, context, qparams.rows
-        self.has_rho, self.has_clip, self.has_shift = constants.has_rho, constants.has_clip, constants.has_shift
+        self.name, self.context, self.rows, self.axis = name, context, qparams.rows, axis
+        self.has_rho, self.has_rescale = constants.has_rho, constants.has_rescale
+        self.has_clip, self.has_shift = constants.has_clip, constants.has_shift
         # A buffer of its own: a scalar left on another device would be multiplied by its reciprocal, and round apart.
         self.register_buffer("scale_ref", torch.tensor(constants.scale_ref, dtype=torch.float32), persistent=False)
         for key in ("rho", "inv_rho", "lo", "hi", "shift", "correction"):
             self.register_buffer(key, torch.from_numpy(getattr(constants, key).copy()), persistent=False)
 
     def per_sample(self, table: Tensor, like: Tensor) -> Tensor:
-        """Gather `table` [rows] for each sample, shaped to broadcast over `like` [batch, ...]."""
+        """Gather `table` [rows] or [rows, channels] for each sample, shaped to broadcast over `like` [batch, ...]."""
+        shape = [1] * (like.ndim - 1)
+        if table.ndim == 2:
+            shape[self.axis - 1 if self.axis > 0 else self.axis] = table.shape[1]
         if self.rows == 1:
-            return table
+            return table.reshape(shape) if table.ndim == 2 else table
         rows = self.context.rows
         if like.shape[0] != rows.shape[0]:
             raise CalibrationError(f"{self.name}: batch {like.shape[0]} but {rows.shape[0]} timesteps")
-        return table[rows].reshape(-1, *([1] * (like.ndim - 1)))
+        return table[rows].reshape(-1, *shape)
 
     def forward(self, tensor: Tensor) -> Tensor:
         """Return codes * scale_ref, float32, same shape."""
@@ -79,8 +90,8 @@ class ActivationQuantizer(nn.Module):
         return codes * self.scale_ref
 
     def rescale(self, output: Tensor) -> Tensor:
-        """Undo rho after the operator."""
-        return output * self.per_sample(self.inv_rho, output) if self.has_rho else output
+        """Undo the row's part of rho after the operator; a channel factor is undone by the weight."""
+        return output * self.per_sample(self.inv_rho, output) if self.has_rescale else output
 
 
 class QuantizedLayer(nn.Module):
@@ -90,10 +101,11 @@ class QuantizedLayer(nn.Module):
         self, base: nn.Conv2d | nn.Linear, plan: LayerQuant, weights: QuantWeights, context: RowContext
     ) -> None:
         super().__init__()
-        self.base_bias = base.bias
+        self.base_bias = base.bias if plan.bias is None else torch.from_numpy(plan.bias.copy())
         self.conv = base if isinstance(base, nn.Conv2d) else None
         self.spans = [(segment.start, segment.stop) for segment in plan.segments]
         self.quantizers = nn.ModuleList()
+        axis = -1 if self.conv is None else 1
         for index, segment in enumerate(plan.segments):
             codes = weights.codes(plan.name, index)
             values = torch.from_numpy(dequantize_weight(codes, segment.weight))
@@ -101,7 +113,7 @@ class QuantizedLayer(nn.Module):
             self.quantizers.append(
                 nn.Identity()
                 if segment.activation is None
-                else ActivationQuantizer(f"{plan.name}#{index}", segment.activation, context)
+                else ActivationQuantizer(f"{plan.name}#{index}", segment.activation, context, axis)
             )
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -158,7 +170,7 @@ class QuantizedAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
         """query, key, value [batch, heads, tokens, channels]; returns the attention output."""
-        scaled_query, scaled_key, _, _ = attention_operands(query, key, value, extra)
+        scaled_query, scaled_key = scaled_operands(query, key, extra)
         scores = self._matmul("query", scaled_query, "key", scaled_key)
         return self._matmul("probability", torch.softmax(scores, dim=-1), "value", value)
 
@@ -172,6 +184,9 @@ class QuantizedAttention:
         return second.rescale(output)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
 @contextmanager
 def simulate(denoiser: nn.Module, plan: QuantPlan, weights: QuantWeights) -> Iterator[RowContext]:
     """Swap the planned layers of `denoiser` for fake-quantized ones inside the block; restores them after.
@@ -180,12 +195,33 @@ def simulate(denoiser: nn.Module, plan: QuantPlan, weights: QuantWeights) -> Ite
     Raises CalibrationError when a planned layer is not in the model.
     """
     context = RowContext(torch.from_numpy(plan.row_map.copy()))
+    attentions = {item.name: QuantizedAttention(item, context) for item in plan.attentions}
+
+    def make(layer: LayerQuant, base: nn.Conv2d | nn.Linear) -> nn.Module:
+        return QuantizedLayer(base, layer, weights, context)
+
+    with swapped(denoiser, plan, make, attentions, context):
+        yield context
+
+
+@contextmanager
+def swapped(
+    denoiser: nn.Module,
+    plan: QuantPlan,
+    make: Callable[[LayerQuant, nn.Conv2d | nn.Linear], nn.Module],
+    attentions: Mapping[str, Attend],
+    context: RowContext,
+) -> Iterator[None]:
+    """Put what `make` gives in the place of every planned layer, and `attentions` in that of the attention matmuls.
+
+    `context` follows the timestep the denoiser is called with. Everything is restored at the end. Raises
+    CalibrationError when a planned layer is not in the model.
+    """
     originals: dict[str, nn.Module] = {}
-    attention = {item.name: QuantizedAttention(item, context) for item in plan.attentions}
 
     def attend(name: str, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
-        if name in attention:
-            return attention[name](query, key, value, extra)
+        if name in attentions:
+            return attentions[name](query, key, value, extra)
         return F.scaled_dot_product_attention(query, key, value, **extra)
 
     def set_rows(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -203,12 +239,12 @@ def simulate(denoiser: nn.Module, plan: QuantPlan, weights: QuantWeights) -> Ite
                 raise CalibrationError(f"the plan names {layer.name!r}, which this model does not have") from error
             assert isinstance(base, (nn.Conv2d, nn.Linear))
             originals[layer.name] = base
-            denoiser.set_submodule(layer.name, QuantizedLayer(base, layer, weights, context))
+            denoiser.set_submodule(layer.name, make(layer, base))
         with removing([denoiser.register_forward_pre_hook(set_rows, with_kwargs=True)]), ExitStack() as extras:
-            if attention:
+            if attentions:
                 stack = extras.enter_context(ModuleStack(denoiser))
                 extras.enter_context(AttentionMode(stack, attend))
-            yield context
+            yield
     finally:
         for name, module in originals.items():
             denoiser.set_submodule(name, module)

@@ -17,7 +17,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dmqexport.errors import BundleError
-from dmqexport.quant_types import ActivationQuant, CodeArray, FloatArray, IntArray, WeightQuant, frozen_array
+from dmqexport.quant_types import (
+    ActivationQuant,
+    CodeArray,
+    FloatArray,
+    IntArray,
+    WeightQuant,
+    check_channel_factor,
+    frozen_array,
+)
 
 SCHEMA_VERSION = 1
 PLAN_JSON = "quant_plan.json"
@@ -48,15 +56,24 @@ class Segment:
 
 @dataclass(frozen=True)
 class LayerQuant:
-    """A quantized Conv or Linear, named by its torch fully qualified name."""
+    """A quantized Conv or Linear, named by its torch fully qualified name.
+
+    bias: float32 [out_channels] trained together with the codes; None leaves the model's own.
+    """
 
     name: str
     op: LayerOp
     segments: tuple[Segment, ...]
     parameters: int
     reason: str = ""
+    bias: FloatArray | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if self.bias is not None:
+            object.__setattr__(self, "bias", frozen_array(self.bias, np.float32))
+            channels = len(self.segments[0].weight.scale) if self.segments else 0
+            if self.bias.shape != (channels,) or not bool(np.all(np.isfinite(self.bias))):
+                raise ValueError(f"{self.name}: the bias must be {channels} finite values, got {self.bias.shape}")
         if not self.segments or self.segments[0].start != 0:
             raise ValueError(f"{self.name}: segments must start at channel 0")
         for left, right in zip(self.segments, self.segments[1:], strict=False):
@@ -64,6 +81,12 @@ class LayerQuant:
                 raise ValueError(f"{self.name}: segments must share their weight bits")
             if left.stop != right.start:
                 raise ValueError(f"{self.name}: segments leave a gap at channel {left.stop}")
+        for segment in self.segments:
+            factor = None if segment.activation is None else segment.activation.channel_factor
+            if factor is not None and len(factor) != segment.stop - segment.start:
+                raise ValueError(
+                    f"{self.name}: {len(factor)} channel factors for {segment.stop - segment.start} input channels"
+                )
 
     @property
     def weight_bits(self) -> int:
@@ -82,7 +105,8 @@ class AttentionQuant:
     """The two matmuls of a scaled-dot-product attention: query·keyᵀ and probabilities·value.
 
     `probability` is unsigned (zero_point 0); at 8 bits it uses the shifted form. query, key and value use the centered
-    range at 8 bits, since a shift there would need a correction by the other operand's sum on both sides.
+    range at 8 bits, since a shift there would need a correction by the other operand's sum on both sides. None has
+    channel factors: there is no weight to multiply them into.
     """
 
     name: str
@@ -91,12 +115,18 @@ class AttentionQuant:
     probability: ActivationQuant
     value: ActivationQuant
 
+    def __post_init__(self) -> None:
+        for operand in ("query", "key", "probability", "value"):
+            if getattr(self, operand).channel_factor is not None:
+                raise ValueError(f"{self.name}#{operand}: an attention operand cannot have channel factors")
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelFold:
     """A per-channel factor folded offline: `producer`'s output channels divided, its `consumers`' columns multiplied.
 
-    factor: float32 [channels] > 0. The float function is unchanged; the graph holds the folded weights.
+    factor: float32 [channels] > 0. The float function is unchanged; the graph holds the folded weights. One producer
+    may feed several folds (the two modulations of an adaLN layer); a consumer has one input and is in one fold only.
     """
 
     producer: str
@@ -105,8 +135,9 @@ class ChannelFold:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor", frozen_array(self.factor, np.float32))
-        if self.factor.ndim != 1 or not bool(np.all(np.isfinite(self.factor) & (self.factor > 0))):
-            raise ValueError(f"{self.producer}: fold factors must be a positive finite vector")
+        if not self.consumers:
+            raise ValueError(f"{self.producer}: a fold needs a consumer")
+        check_channel_factor(self.factor)
 
 
 @dataclass(frozen=True)
@@ -254,7 +285,11 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
     def activation_entry(key: str, activation: ActivationQuant) -> dict[str, Any]:
         arrays[f"{key}.scale"] = np.asarray(activation.scale)
         arrays[f"{key}.zero_point"] = np.asarray(activation.zero_point)
-        return {"bits": activation.bits, "rows": activation.rows, "scale_ref": activation.scale_ref}
+        entry = {"bits": activation.bits, "rows": activation.rows, "scale_ref": activation.scale_ref}
+        if activation.channel_factor is not None:
+            arrays[f"{key}.channel_factor"] = np.asarray(activation.channel_factor)
+            entry["channel_factors"] = len(activation.channel_factor)
+        return entry
 
     layers: list[dict[str, Any]] = []
     for layer in plan.layers:
@@ -265,6 +300,8 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
             arrays[f"{key}.weight_zero_point"] = np.asarray(segment.weight.zero_point)
             activation = None if segment.activation is None else activation_entry(key, segment.activation)
             segments.append({"start": segment.start, "stop": segment.stop, "activation": activation})
+        if layer.bias is not None:
+            arrays[f"{layer.name}.bias"] = np.asarray(layer.bias)
         layers.append(
             {
                 "name": layer.name,
@@ -273,6 +310,7 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
                 "weight_bits": layer.weight_bits,
                 "activation_bits": layer.activation_bits,
                 "reason": layer.reason,
+                "bias_trained": layer.bias is not None,
                 "segments": segments,
             }
         )
@@ -288,7 +326,7 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
     ]
     folds = []
     for fold in plan.folds:
-        arrays[f"{fold.producer}.fold"] = np.asarray(fold.factor)
+        arrays[f"{fold.consumers[0]}.fold"] = np.asarray(fold.factor)
         folds.append({"producer": fold.producer, "consumers": list(fold.consumers), "channels": len(fold.factor)})
     document = {
         "schema_version": plan.schema_version,
@@ -316,7 +354,11 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
         if entry is None:
             return None
         return ActivationQuant(
-            int(entry["bits"]), arrays[f"{key}.scale"], arrays[f"{key}.zero_point"], float(entry["scale_ref"])
+            int(entry["bits"]),
+            arrays[f"{key}.scale"],
+            arrays[f"{key}.zero_point"],
+            float(entry["scale_ref"]),
+            arrays[f"{key}.channel_factor"] if "channel_factors" in entry else None,
         )
 
     def required(key: str, entry: Mapping[str, Any]) -> ActivationQuant:
@@ -335,8 +377,10 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
             segments.append(
                 Segment(int(segment["start"]), int(segment["stop"]), weight, activation(key, segment["activation"]))
             )
+        bias = arrays[f"{item['name']}.bias"] if item.get("bias_trained") else None
+        operator = LayerOp(item["op"])
         layers.append(
-            LayerQuant(item["name"], LayerOp(item["op"]), tuple(segments), int(item["parameters"]), item["reason"])
+            LayerQuant(item["name"], operator, tuple(segments), int(item["parameters"]), item["reason"], bias)
         )
     attentions = tuple(
         AttentionQuant(
@@ -360,7 +404,7 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
         float_layers=document["float_layers"],
         allocation=Allocation(**known, details=allocation),
         folds=tuple(
-            ChannelFold(item["producer"], tuple(item["consumers"]), arrays[f"{item['producer']}.fold"])
+            ChannelFold(item["producer"], tuple(item["consumers"]), arrays[f"{item['consumers'][0]}.fold"])
             for item in document["folds"]
         ),
     )

@@ -101,15 +101,21 @@ class ActivationQuant:
 
     scale: float32 [rows] > 0; zero_point: int64 [rows] in [0, 2**bits - 1]; rows is 1 for a tensor that does not depend
     on the timestep. scale_ref: float32 scalar, the constant scale of the Q/DQ pair (geometric mean of the rows).
+    channel_factor: float32 [channels] > 0, or None for ones: the tensor is divided by it before it is rounded, and the
+    columns of its readers' weights were multiplied by it before *they* were quantized, so nothing undoes it later.
     """
 
     bits: int
     scale: FloatArray
     zero_point: IntArray
     scale_ref: float
+    channel_factor: FloatArray | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "activation")
+        if self.channel_factor is not None:
+            object.__setattr__(self, "channel_factor", frozen_array(self.channel_factor, np.float32))
+            check_channel_factor(self.channel_factor)
         object.__setattr__(self, "scale", frozen_array(self.scale, np.float32))
         object.__setattr__(self, "zero_point", frozen_array(self.zero_point, np.int64))
         object.__setattr__(self, "scale_ref", float(np.float32(self.scale_ref)))
@@ -118,15 +124,23 @@ class ActivationQuant:
             raise ValueError(f"scale_ref must be positive and finite, got {self.scale_ref}")
 
     @classmethod
-    def from_rows(cls, bits: int, scale: npt.ArrayLike, zero_point: npt.ArrayLike) -> "ActivationQuant":
-        """Build from per-row arrays [rows]; equal rows collapse to one, scale_ref is their geometric mean."""
+    def from_rows(
+        cls, bits: int, scale: npt.ArrayLike, zero_point: npt.ArrayLike, channel_factor: npt.ArrayLike | None = None
+    ) -> "ActivationQuant":
+        """Build from per-row arrays [rows]; equal rows collapse to one, scale_ref is their geometric mean.
+
+        channel_factor [channels]: a factor of nothing but ones is none.
+        """
         scales = np.asarray(scale, dtype=np.float32).reshape(-1)
         zeros = np.asarray(zero_point, dtype=np.int64).reshape(-1)
         if bool(np.all(scales == scales[0])) and bool(np.all(zeros == zeros[0])):
             scales, zeros = scales[:1], zeros[:1]
         constant = bool(np.all(scales == scales[0]))
         reference = scales[0] if constant else np.float32(np.exp(np.mean(np.log(scales.astype(np.float64)))))
-        return cls(bits, scales, zeros, float(reference))
+        factor = None if channel_factor is None else np.asarray(channel_factor, dtype=np.float32)
+        if factor is not None and bool(np.all(factor == 1)):
+            factor = None
+        return cls(bits, scales, zeros, float(reference), factor)
 
     @property
     def rows(self) -> int:
@@ -140,6 +154,7 @@ class ActivationQuant:
             and self.scale_ref == other.scale_ref
             and np.array_equal(self.scale, other.scale)
             and np.array_equal(self.zero_point, other.zero_point)
+            and _factor_bytes(self) == _factor_bytes(other)
         )
 
     def constants(self) -> "RowConstants":
@@ -148,15 +163,19 @@ class ActivationQuant:
         quant_min, quant_max = code_range(self.bits, self.zero_point)
         shift = self.zero_point - CENTERED_ZERO_POINT if self.bits == MAX_BITS else np.zeros_like(self.zero_point)
         shift32 = shift.astype(np.float32)
+        rho = reference / self.scale
+        if self.channel_factor is not None:
+            rho = rho[:, np.newaxis] / self.channel_factor
         return RowConstants(
             scale_ref=float(reference),
-            rho=frozen_array(reference / self.scale, np.float32),
+            rho=frozen_array(rho, np.float32),
             inv_rho=frozen_array(self.scale / reference, np.float32),
             lo=frozen_array(quant_min.astype(np.float32) * reference, np.float32),
             hi=frozen_array(quant_max.astype(np.float32) * reference, np.float32),
             shift=frozen_array(shift32 * reference, np.float32),
             correction=frozen_array(shift32 * self.scale, np.float32),
-            has_rho=bool(np.any(self.scale != reference)),
+            has_rho=bool(np.any(rho != 1)),
+            has_rescale=bool(np.any(self.scale != reference)),
             has_clip=self.bits < MAX_BITS,
             has_shift=bool(np.any(shift != 0)),
         )
@@ -164,11 +183,12 @@ class ActivationQuant:
 
 @dataclass(frozen=True, eq=False)
 class RowConstants:
-    """What the canonical operator multiplies, clips and adds, float32 [rows] each.
+    """What the canonical operator multiplies, clips and adds, float32 [rows] each; rho is [rows, channels] where the
+    tensor has a channel_factor.
 
     xm = x * rho; xc = min(max(xm, lo), hi) for bits <= 7, xm + shift for shifted 8-bit; Q/DQ with scale_ref; the
     operator; * inv_rho; - correction * sum of the other operand over the contracted axis. `has_*` tell what can be
-    skipped because it would change nothing.
+    skipped because it would change nothing: `has_rho` the first product, `has_rescale` the one with inv_rho.
     """
 
     scale_ref: float
@@ -179,6 +199,7 @@ class RowConstants:
     shift: FloatArray
     correction: FloatArray
     has_rho: bool
+    has_rescale: bool
     has_clip: bool
     has_shift: bool
 
@@ -197,6 +218,16 @@ def dequantize_weight(codes: CodeArray, qparams: WeightQuant) -> FloatArray:
     shape = (-1,) + (1,) * (codes.ndim - 1)
     values: FloatArray = codes.astype(np.float32) * qparams.scale.reshape(shape)
     return values
+
+
+def _factor_bytes(qparams: ActivationQuant) -> bytes:
+    return b"" if qparams.channel_factor is None else qparams.channel_factor.tobytes()
+
+
+def check_channel_factor(factor: FloatArray) -> None:
+    """Raise ValueError unless `factor` is a non-empty vector of positive finite numbers."""
+    if factor.ndim != 1 or factor.size == 0 or not bool(np.all(np.isfinite(factor) & (factor > 0))):
+        raise ValueError(f"channel factors must be a positive finite vector, got shape {factor.shape}")
 
 
 def _check_qparams(bits: int, scale: FloatArray, zero_point: IntArray) -> None:

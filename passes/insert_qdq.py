@@ -15,6 +15,8 @@ from passes.bind import AttentionNodes, LayerNodes, bind
 ROW = "dmqexport/row"
 ROW_MAP = "dmqexport/row_map"
 TIMESTEP = "timestep"
+#: Ends of the names of a quantizer's product with rho, and of its codes.
+SCALED, CODES = "/scaled", "/codes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +32,11 @@ class _Quantized:
 class InsertQDQ(ir.passes.InPlacePass):
     """Quantize the inputs and weights of every planned layer and attention; everything else stays as it is.
 
-    Emits per operand Mul(rho), Max(lo), Min(hi) (or Add(shift)), QuantizeLinear, DequantizeLinear with one constant
-    rank-0 scale and an int8 zero, and after the operator Mul(1/rho), the shift correction and the bias. Values that
-    depend on the timestep come from one Gather each; `GatherTimestepScale` packs those. Weights of at most 4 bits are
-    stored as packed uint4 nominal codes with their zero_point, wider ones as signed int8.
+    Emits per operand Mul(rho), with the channel factors in it, Max(lo), Min(hi) (or Add(shift)), QuantizeLinear,
+    DequantizeLinear with one constant rank-0 scale and an int8 zero, and after the operator Mul(1/rho), the shift
+    correction and the bias. Values that depend on the timestep come from one Gather each; `GatherTimestepScale` packs
+    those. Weights of at most 4 bits are stored as packed uint4 nominal codes with their zero_point, wider ones as
+    signed int8.
     """
 
     def __init__(self, plan: QuantPlan, weights: QuantWeights) -> None:
@@ -73,7 +76,7 @@ class _Insertion:
         self._weights = weights
         self._builder = Builder(graph)
         self._done: dict[tuple[object, ...], _Quantized] = {}
-        self._columns: dict[tuple[bytes, int], ir.Value] = {}
+        self._columns: dict[tuple[bytes, tuple[int, ...]], ir.Value] = {}
         self._row: ir.Value | None = None
 
     # Layers
@@ -81,7 +84,7 @@ class _Insertion:
     def layer(self, plan: LayerQuant, nodes: LayerNodes) -> None:
         bias_moves = any(
             segment.activation is not None
-            and (segment.activation.constants().has_rho or segment.activation.constants().has_shift)
+            and (segment.activation.constants().has_rescale or segment.activation.constants().has_shift)
             for segment in plan.segments
         )
         for node in nodes.compute:
@@ -91,9 +94,14 @@ class _Insertion:
             codes = self._weights.codes(plan.name, index)
             conv = plan.op is LayerOp.CONV
             node.replace_input_with(1, self._weight(name, node, codes, segment.weight, conv))
-            bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 and bias_moves else None
-            if bias is not None:
+            bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+            if bias is not None and plan.bias is not None:
+                bias = np.asarray(plan.bias)
+                node.replace_input_with(2, self._builder.constant(bias, f"{plan.name}/bias"))
+            if bias is not None and bias_moves:
                 node.resize_inputs(2)
+            else:
+                bias = None
             if segment.activation is None:
                 continue
             padded = conv and segment.activation.constants().has_shift
@@ -101,7 +109,8 @@ class _Insertion:
             assert source is not None
             if padded:
                 source = self._pad(source, node, name)
-            quantized = self._activation(source, segment.activation, name, node, 4 if conv else rank_of(source))
+            rank, axis = (4, 1) if conv else (rank_of(source), -1)
+            quantized = self._activation(source, segment.activation, name, node, rank, axis)
             node.replace_input_with(0, quantized.value)
             sums: ir.Value | None = None
             if quantized.correction is not None:
@@ -109,6 +118,18 @@ class _Insertion:
                 total = total.reshape(total.shape[0], -1).sum(axis=1).astype(np.float32)
                 sums = self._builder.constant(total.reshape(-1, 1, 1) if conv else total, f"{name}/weight_sum")
             self._after(node, [quantized], sums, bias, plan.name)
+        if nodes.bias is not None and plan.bias is not None:
+            self._replace_bias(nodes.bias, np.asarray(plan.bias), plan.name)
+
+    def _replace_bias(self, node: ir.Node, bias: np.ndarray, module: str) -> None:
+        """Put a trained bias in the place of the one a bias node adds."""
+        for position, value in enumerate(node.inputs):
+            original = constant_array(value)
+            if original is not None and original.size == bias.size:
+                replacement = self._builder.constant(bias.reshape(original.shape), f"{module}/bias")
+                node.replace_input_with(position, replacement)
+                return
+        raise LoweringError(f"insert_qdq: {module} has a trained bias of {bias.size} values and no constant to replace")
 
     def _weight(self, name: str, node: ir.Node, codes: np.ndarray, qparams: WeightQuant, conv: bool) -> ir.Value:
         original = node.inputs[1]
@@ -157,34 +178,36 @@ class _Insertion:
     # Activations
 
     def _activation(
-        self, source: ir.Value, qparams: ActivationQuant, name: str, node: ir.Node, rank: int | None
+        self, source: ir.Value, qparams: ActivationQuant, name: str, node: ir.Node, rank: int | None, axis: int = -1
     ) -> _Quantized:
         if rank is None:
             raise LoweringError(f"insert_qdq: the rank of {source.name!r}, read by {name}, is unknown")
+        factor = None if qparams.channel_factor is None else (axis % rank, qparams.channel_factor.tobytes())
         key = (
-            source, rank, qparams.bits, qparams.scale_ref, qparams.scale.tobytes(), qparams.zero_point.tobytes(),
+            source, rank, factor, qparams.bits, qparams.scale_ref, qparams.scale.tobytes(),
+            qparams.zero_point.tobytes(),
         )  # fmt: skip
         if key in self._done:
             return self._done[key]
         builder, constants = self._builder, qparams.constants()
         value = source
 
-        def step(op_type: str, table: np.ndarray, label: str) -> None:
+        def step(op_type: str, table: np.ndarray, label: str, done: str) -> None:
             nonlocal value
-            operand = self._column(table, f"{name}/{label}", rank)
-            value = builder.node(op_type, [value, operand], f"{name}/{label}ed", before=node, like=source).outputs[0]
+            operand = self._column(table, f"{name}/{label}", rank, axis)
+            value = builder.node(op_type, [value, operand], name + done, before=node, like=source).outputs[0]
 
         if constants.has_rho:
-            step("Mul", constants.rho, "scal")
+            step("Mul", constants.rho, "scal", SCALED)
         if constants.has_clip:
-            step("Max", constants.lo, "lo_clipp")
-            step("Min", constants.hi, "hi_clipp")
+            step("Max", constants.lo, "lo_clipp", "/lo_clipped")
+            step("Min", constants.hi, "hi_clipp", "/hi_clipped")
         if constants.has_shift:
-            step("Add", constants.shift, "shift")
+            step("Add", constants.shift, "shift", "/shifted")
         scale = builder.scalar(constants.scale_ref, f"{name}/scale")
         zero = builder.constant(np.array(0, dtype=np.int8), "dmqexport/zero")
         codes = builder.node(
-            "QuantizeLinear", [value, scale, zero], f"{name}/codes", before=node, like=source, dtype=ir.DataType.INT8
+            "QuantizeLinear", [value, scale, zero], name + CODES, before=node, like=source, dtype=ir.DataType.INT8
         )
         result = builder.node(
             "DequantizeLinear", [codes.outputs[0], scale, zero], f"{name}/dequantized", before=node, like=source
@@ -192,22 +215,30 @@ class _Insertion:
         self._done[key] = _Quantized(
             result.outputs[0],
             constants,
-            self._column(constants.inv_rho, f"{name}/inv_rho", rank) if constants.has_rho else None,
+            self._column(constants.inv_rho, f"{name}/inv_rho", rank) if constants.has_rescale else None,
             self._column(constants.correction, f"{name}/correction", rank) if constants.has_shift else None,
         )
         return self._done[key]
 
-    def _column(self, table: np.ndarray, name: str, rank: int) -> ir.Value:
-        """A per-row table [rows] gathered by timestep to [batch, 1, …], or a scalar when it does not vary."""
+    def _column(self, table: np.ndarray, name: str, rank: int, axis: int = -1) -> ir.Value:
+        """A per-row table [rows] gathered by timestep to [batch, 1, …], or a scalar when it does not vary.
+
+        A table [rows, channels] becomes [batch, …, channels, …] with the channels at `axis`, or that without a batch.
+        """
+        spread = [1] * (rank - 1)
+        if table.ndim == 2:
+            spread[axis % rank - 1] = table.shape[1]
         if bool(np.all(table == table[0])):
-            return self._builder.scalar(float(table[0]), name)
-        key = (table.tobytes(), rank)
+            if table.ndim == 1:
+                return self._builder.scalar(float(table[0]), name)
+            return self._builder.constant(np.array(table[0]).reshape(spread), name)
+        key = (table.tobytes(), (rank, *spread))
         if key not in self._columns:
             row = self._row_index()
             column = self._builder.constant(np.asarray(table), f"{name}/table")
             gathered = self._builder.node("Gather", [column, row], f"{name}/row", before=self._first(row))
             gathered.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-            shape = self._builder.shape([-1] + [1] * (rank - 1))
+            shape = self._builder.shape([-1, *spread])
             reshaped = self._builder.node("Reshape", [gathered.outputs[0], shape], name, after=gathered)
             reshaped.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
             self._columns[key] = reshaped.outputs[0]

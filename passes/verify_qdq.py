@@ -4,12 +4,15 @@ import onnx_ir as ir
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import QuantPlan
-from passes.base import module_of
+from dmqexport.quant_types import ActivationQuant
+from passes.base import constant_array, module_of
 from passes.bind import bind
+from passes.insert_qdq import CODES, SCALED
 
 
 class VerifyQDQ(ir.passes.InPlacePass):
-    """Refuse a graph in which a planned operand does not come from a DequantizeLinear, or an unplanned one does.
+    """Refuse a graph in which a planned operand does not come from a DequantizeLinear, or an unplanned one does, or
+    in which a tensor with channel factors is not divided by them.
 
     Changes nothing. This is what stands between a typing error in a pattern and a layer that silently stays in float.
     """
@@ -34,6 +37,8 @@ class VerifyQDQ(ir.passes.InPlacePass):
                     problems.append(f"{layer.name}: weight in float")
                 if _dequantized(node, 0) != (segment.activation is not None):
                     problems.append(f"{layer.name}: activation {'in float' if segment.activation else 'quantized'}")
+                elif segment.activation is not None and not _factors_as_planned(node, segment.activation):
+                    problems.append(f"{layer.name}: channel factors differ from the plan's")
         for attention in self._plan.attentions:
             pair = bindings.attentions[attention.name]
             for node in (pair.query_key, pair.probability_value):
@@ -48,6 +53,32 @@ class VerifyQDQ(ir.passes.InPlacePass):
         if problems or expected == 0:
             raise LoweringError("verify_qdq: " + ("; ".join(problems[:20]) or "the plan quantizes nothing"))
         return ir.passes.PassResult(model, False)
+
+
+def _factors_as_planned(node: ir.Node, planned: ActivationQuant) -> bool:
+    """Whether the quantizer above a dequantized operand multiplies each channel on its own, if and only if planned."""
+    channels = 1 if planned.channel_factor is None else len(planned.channel_factor)
+    value: ir.Value | None = node.inputs[0]
+    owner = ""
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type == "QuantizeLinear":
+            owner = str(producer.name).removesuffix(CODES)
+        elif producer.op_type != "DequantizeLinear" and not str(producer.name).startswith(f"{owner}/"):
+            break  # above here lies the float graph, with products of its own
+        elif producer.name == owner + SCALED:
+            return _width(producer.inputs[1]) == channels
+        value = producer.inputs[0]
+    return channels == 1
+
+
+def _width(value: ir.Value | None) -> int:
+    """How many channels an operand has a value for, whether constant or gathered and reshaped."""
+    array = constant_array(value)
+    if array is not None:
+        return array.size
+    producer = None if value is None else value.producer()
+    dims = constant_array(producer.inputs[1]) if producer is not None and producer.op_type == "Reshape" else None
+    return 1 if dims is None or int(dims[0]) != -1 else max(1, *(int(dim) for dim in dims[1:]))
 
 
 def _dequantized(node: ir.Node, index: int) -> bool:

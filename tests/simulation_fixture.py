@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from calib.probe import ProbeResult, probe
 from calib.quantizer import ActivationQuantizer, QuantizedAttention, QuantizedLayer, RowContext
 from dmqexport.onnx_export import export_float_graph
-from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
 from dmqexport.quant_types import ActivationQuant, WeightQuant, quantize_weight
 from passes.pipelines import canonical, float_cleanup
 
@@ -235,8 +235,10 @@ class PlanSampler:
         self.rows = rows
         self.row_map = self.random.integers(0, rows, TIMESTEPS)
 
-    def activation(self, bits: int, low: float, high: float, *, centered: bool = False) -> ActivationQuant:
-        """A quantizer of roughly [low, high]; `centered` keeps zero at the middle code."""
+    def activation(
+        self, bits: int, low: float, high: float, *, centered: bool = False, channels: int | None = None
+    ) -> ActivationQuant:
+        """A quantizer of roughly [low, high]; `centered` keeps zero at the middle code, `channels` may get factors."""
         levels = 2**bits - 1
         rows = int(self.random.choice([1, self.rows]))
         span = max(high, 0.0) - min(low, 0.0) + 1e-3
@@ -251,9 +253,12 @@ class PlanSampler:
             zero = np.full(rows, zero[0])
         if centered or (bits == 8 and self.random.random() < 0.3):
             zero = np.full(rows, 2 ** (bits - 1))
+        factor = None
+        if channels is not None and self.random.random() < 0.4:
+            factor = np.exp(self.random.uniform(-1, 1, channels)).astype(np.float32)
         if self.random.random() < 0.1:  # the reference may be any number, not only the mean
-            return ActivationQuant(bits, scale, zero, float(scale[0] * self.random.uniform(0.5, 2.0)))
-        return ActivationQuant.from_rows(bits, scale, zero)
+            return ActivationQuant(bits, scale, zero, float(scale[0] * self.random.uniform(0.5, 2.0)), factor)
+        return ActivationQuant.from_rows(bits, scale, zero, factor)
 
     def weight(self, bits: int, values: np.ndarray) -> WeightQuant:
         """Per-channel quantizer of `values` [out, ...]."""
@@ -270,7 +275,7 @@ class PlanSampler:
         layers: list[LayerQuant] = []
         float_layers: dict[str, str] = {}
         codes: dict[str, np.ndarray] = {}
-        shared: dict[tuple[str, int, int], ActivationQuant] = {}
+        shared: dict[tuple[str, int, int, int], ActivationQuant] = {}
         for info in self.exported.found.layers:
             if bits is None and self.random.random() < 0.1:
                 float_layers[info.name] = "drawn to stay in float"
@@ -288,10 +293,10 @@ class PlanSampler:
                 codes[f"{info.name}#{index}"] = quantize_weight(part, qparams)
                 activation: ActivationQuant | None = None
                 if activation_bits is not None:
-                    key = (info.source, index, activation_bits)
+                    key = (info.source, start, stop, activation_bits)
                     low, high = self.exported.ranges.get(f"{info.name}#{index}", (-1.0, 1.0))
                     if key not in shared or self.random.random() < 0.3:
-                        shared[key] = self.activation(activation_bits, low, high)
+                        shared[key] = self.activation(activation_bits, low, high, channels=stop - start)
                     activation = shared[key]
                 segments.append(Segment(start, stop, qparams, activation))
             layers.append(LayerQuant(info.name, info.op, tuple(segments), weight.size))
@@ -334,15 +339,24 @@ def inputs_on_ties(plan: QuantPlan, batch: int, seed: int) -> dict[str, Tensor]:
     random = np.random.default_rng(seed)
     inputs = random_inputs(batch, seed)
     rows = plan.row_map[inputs["timestep"].numpy()]
-    for name, reader in (("sample", "convolutions."), ("encoder_hidden_states", "tokens")):
+    for name, reader, spread in (("sample", "convolutions.", (-1, 1, 1)), ("encoder_hidden_states", "tokens", (-1,))):
         readers = [item for key, item in plan.activations() if key.startswith(reader)]
         values = inputs[name].numpy()
         for index, row in enumerate(rows):
-            scales = np.array([item.scale[row if item.rows > 1 else 0] for item in readers], dtype=np.float32)
             shape = values[index].shape
+            scales = np.stack(
+                [
+                    np.broadcast_to(
+                        item.scale[row if item.rows > 1 else 0]
+                        * (np.float32(1) if item.channel_factor is None else item.channel_factor.reshape(spread)),
+                        shape,
+                    )
+                    for item in readers
+                ]
+            )
             largest = 2 ** readers[0].bits
             halves = random.integers(-largest, largest, shape).astype(np.float32) + np.float32(0.5)
-            exact = halves * random.choice(scales, shape)
+            exact = halves * np.take_along_axis(scales, random.integers(len(scales), size=(1, *shape)), axis=0)[0]
             aim = random.choice(np.array([-np.inf, 0.0, np.inf], dtype=np.float32), shape)
             values[index] = np.where(aim == 0, exact, np.nextafter(exact, aim))
     return inputs
@@ -508,7 +522,9 @@ def teacher_forced(
 
     with torch.no_grad():
         for name, activation in plan.activations():
-            compare_codes(name, ActivationQuantizer(name, activation, context))
+            layer = next((item for item in plan.layers if name.startswith(f"{item.name}#")), None)
+            axis = 1 if layer is not None and layer.op is LayerOp.CONV else -1
+            compare_codes(name, ActivationQuantizer(name, activation, context, axis))
         for layer in plan.layers:
             base = exported.denoiser.get_submodule(layer.name)
             assert isinstance(base, (nn.Conv2d, nn.Linear))

@@ -25,10 +25,14 @@ from dmqexport.quant_plan import (
 from dmqexport.quant_types import ActivationQuant, WeightQuant
 
 
-def random_activation(random: np.random.Generator, rows: int, bits: int | None = None) -> ActivationQuant:
+def random_activation(
+    random: np.random.Generator, rows: int, bits: int | None = None, channels: int | None = None
+) -> ActivationQuant:
     width = int(random.integers(2, 9)) if bits is None else bits
     count = int(random.choice([1, rows]))
-    return ActivationQuant.from_rows(width, np.exp(random.uniform(-8, 2, count)), random.integers(0, 2**width, count))
+    factor = None if channels is None or random.random() < 0.5 else np.exp(random.uniform(-2, 2, channels))
+    zero_point = random.integers(0, 2**width, count)
+    return ActivationQuant.from_rows(width, np.exp(random.uniform(-8, 2, count)), zero_point, factor)
 
 
 def random_plan(seed: int) -> QuantPlan:
@@ -49,7 +53,7 @@ def random_plan(seed: int) -> QuantPlan:
                     np.exp(random.uniform(-8, 2, channels)),
                     np.full(channels, 128) if bits == 8 else random.integers(0, 2**bits, channels),
                 ),
-                None if number == 1 else random_activation(random, rows),
+                None if number == 1 else random_activation(random, rows, channels=stop - start),
             )
             for start, stop in pairwise(edges)
         )
@@ -210,6 +214,12 @@ def test_impossible_plans_are_refused() -> None:
         LayerQuant("a", LayerOp.LINEAR, (Segment(1, 4, weight, None),), 4)
     with pytest.raises(ValueError, match="gap at channel 2"):
         LayerQuant("a", LayerOp.LINEAR, (Segment(0, 2, weight, None), Segment(3, 4, weight, None)), 4)
+    factors = ActivationQuant.from_rows(4, [1.0], [0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="a: 2 channel factors for 3 input channels"):
+        LayerQuant("a", LayerOp.LINEAR, (Segment(0, 3, weight, factors),), 3)
+    plain = ActivationQuant.from_rows(4, [1.0], [0])
+    with pytest.raises(ValueError, match=r"attention#key: .* cannot have channel factors"):
+        AttentionQuant("attention", plain, factors, plain, plain)
 
 
 def test_segments_of_one_layer_share_their_weight_bits() -> None:

@@ -151,7 +151,7 @@ def test_constants_are_those_of_the_formula(row_scales: list[float], bits: int, 
     assert bool(np.all(constants.lo <= 0))
     assert bool(np.all(constants.hi >= 0))
     assert constants.has_clip
-    assert constants.has_rho == (len(set(row_scales)) > 1)
+    assert constants.has_rho == constants.has_rescale == (len(set(row_scales)) > 1)
     for table in (constants.rho, constants.inv_rho, constants.lo, constants.hi, constants.shift, constants.correction):
         assert table.dtype == np.float32
         assert not table.flags.writeable
@@ -169,6 +169,34 @@ def test_equal_rows_collapse_and_keep_their_scale_to_the_bit(scale: float) -> No
     assert not qparams.same_as(varying_zero)
 
 
+@given(st.lists(scales, min_size=1, max_size=9), st.lists(scales, min_size=2, max_size=9), all_bits)
+@fixed
+def test_a_channel_factor_is_one_table_with_the_rows(rows: list[float], factor: list[float], bits: int) -> None:
+    """One product by rho divides by the factor and by the row's part of the scale; only the latter is undone."""
+    zero = [CENTERED_ZERO_POINT if bits == 8 else 1] * len(rows)
+    plain = ActivationQuant.from_rows(bits, rows, zero)
+    factored = ActivationQuant.from_rows(bits, rows, zero, factor)
+    constants = factored.constants()
+    if factored.channel_factor is None:
+        assert set(factor) == {1.0}
+        assert factored.same_as(plain)
+        return
+    assert constants.rho.shape == (plain.rows, len(factor))
+    divided = plain.constants().rho[:, np.newaxis] / np.asarray(factor, dtype=np.float32)
+    np.testing.assert_array_equal(constants.rho, divided)
+    np.testing.assert_array_equal(constants.inv_rho, plain.constants().inv_rho)
+    np.testing.assert_array_equal(constants.hi, plain.constants().hi)
+    assert constants.has_rescale == plain.constants().has_rescale
+    assert not factored.same_as(plain)
+    assert factored.same_as(ActivationQuant.from_rows(bits, rows, zero, factor))
+
+
+@pytest.mark.parametrize("factor", [[0.0, 1.0], [-1.0], [np.nan], [np.inf], [], [[1.0]]])
+def test_impossible_channel_factors_are_refused(factor: list[float]) -> None:
+    with pytest.raises(ValueError, match="channel factors"):
+        ActivationQuant(4, [1.0], [1], 1.0, factor)
+
+
 def test_same_as_sees_every_field() -> None:
     base = ActivationQuant(4, [0.1, 0.2], [3, 4], 0.15)
     assert base.same_as(ActivationQuant(4, [0.1, 0.2], [3, 4], 0.15))
@@ -178,6 +206,7 @@ def test_same_as_sees_every_field() -> None:
         ActivationQuant(4, [0.1, 0.2], [3, 5], 0.15),
         ActivationQuant(4, [0.1, 0.2], [3, 4], 0.16),
         ActivationQuant(4, [0.1], [3], 0.15),
+        ActivationQuant(4, [0.1, 0.2], [3, 4], 0.15, [1.0, 2.0]),
     ):
         assert not base.same_as(other)
 

@@ -173,8 +173,12 @@ def test_the_random_plans_cover_every_form(deep: Exported, tmp_path: Path) -> No
             constants = activation.constants()
             operators["shared rows" if activation.rows == 1 else "own rows"] += 1
             operators["shifted attention" if constants.has_shift and "attention" in name else "other"] += 1
-            operators["scale varies"] += constants.has_rho
+            operators["scale varies"] += constants.has_rescale
             operators["only zero_point varies"] += activation.rows > 1 and not constants.has_rho
+            if activation.channel_factor is not None:
+                operators["channel factors by row"] += constants.rho.shape[0] > 1 and constants.has_rescale
+                operators["channel factors of any row"] += constants.rho.shape[0] == 1
+                operators["channel factors and a shift"] += constants.has_shift
         operators["weight only"] += sum(layer.activation_bits is None for layer in plan.layers)
         operators["split"] += sum(len(layer.segments) > 1 for layer in plan.layers)
         operators["whole concat"] += any(
@@ -183,7 +187,8 @@ def test_the_random_plans_cover_every_form(deep: Exported, tmp_path: Path) -> No
         operators["float layer"] += len(plan.float_layers)
     for form in ("Pad", "ReduceSum", "Max", "Min", "Split", "Sub", "Gather", "shared rows", "own rows",
                  "shifted attention", "scale varies", "only zero_point varies", "weight only", "split",
-                 "whole concat", "float layer"):  # fmt: skip
+                 "whole concat", "float layer", "channel factors by row", "channel factors of any row",
+                 "channel factors and a shift"):  # fmt: skip
         assert operators[form] >= 3, form
 
 

@@ -1,16 +1,18 @@
 """The canonical operator as the pass writes it, node by node."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from graph_text import assert_golden, layer_quant, parse, plan_of, read, render, save_codes
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import AttentionQuant, LayerOp, QuantPlan, QuantWeights
+from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights
 from dmqexport.quant_types import ActivationQuant
-from passes.gather_timestep_scale import GatherTimestepScale
+from passes.gather_timestep_scale import TABLE, GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
 from passes.verify_qdq import VerifyQDQ
 
@@ -94,12 +96,73 @@ def test_one_gather_for_all_tables(name: str, build: object, tmp_path: Path) -> 
     model = read(f"{name}.before")
     InsertQDQ(plan, weights)(model)
     assert GatherTimestepScale()(model).modified
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)
     assert_golden(model, f"{name}.packed")
     assert not GatherTimestepScale()(model).modified
     assert_golden(model, f"{name}.packed")
     assert sum(node.op_type == "Gather" for node in model.graph) == 2
     VerifyQDQ(plan)(model)
+
+
+def factored(folder: Path) -> tuple[QuantPlan, QuantWeights]:
+    """Channel factors that vary by row (an image), and by nothing but the channel (a text)."""
+    plan = plan_of(
+        layer_quant("image", LayerOp.CONV, (1, 1, 1, 1), 6, [replace(ROWS_4, channel_factor=np.array([4.0]))]),
+        layer_quant("text", LayerOp.LINEAR, (2, 2), 7, [replace(CONSTANT_6, channel_factor=np.array([2.0, 0.5]))]),
+        rows=2,
+    )
+    weights = {"image": np.ones((1, 1, 1, 1), dtype=np.float32), "text": np.eye(2, dtype=np.float32)}
+    return plan, save_codes(folder / "codes", plan, weights)
+
+
+def test_channel_factors_are_one_product_with_the_rows(tmp_path: Path) -> None:
+    plan, weights = factored(tmp_path)
+    model = read("ranks.before")
+    assert InsertQDQ(plan, weights)(model).modified
+    VerifyQDQ(plan)(model)
+    names = [str(node.name) for node in model.graph]
+    assert names.count("image#0/scaled") == names.count("text#0/scaled") == 1
+    text = next(node for node in model.graph if node.name == "text#0/scaled")
+    np.testing.assert_array_equal(text.inputs[1].const_value.numpy(), [[0.5, 2.0]])
+    assert not any("rescaled" in name and name.startswith("text") for name in names), "the weight undoes the factor"
+    assert any("rescaled" in name and name.startswith("image") for name in names), "and nothing else undoes the row"
+
+
+def test_wide_tables_are_gathered_with_the_narrow_ones(tmp_path: Path) -> None:
+    plan, weights = factored(tmp_path)
+    model = read("ranks.before")
+    InsertQDQ(plan, weights)(model)
+    assert GatherTimestepScale()(model).modified
+    RemoveUnusedNodesPass()(model)
+    assert sum(node.op_type == "Gather" for node in model.graph) == 2
+    rho, narrow = np.array([0.5 / 0.25, 0.5 / 1.0]) / 4.0, 3
+    packed = model.graph.initializers[TABLE].const_value.numpy()
+    assert packed.shape == (2, narrow + 1)
+    np.testing.assert_array_equal(packed[:, narrow], rho)
+    before = render(model)
+    assert not GatherTimestepScale()(model).modified
+    assert render(model) == before
+    VerifyQDQ(plan)(model)
+
+
+@pytest.mark.parametrize("layer", ["image", "text"])
+def test_factors_that_the_plan_has_and_the_graph_lacks_are_refused(layer: str, tmp_path: Path) -> None:
+    plan, weights = factored(tmp_path)
+    wide = {"image": np.array([1.0, 2.0]), "text": np.array([3.0])}[layer]
+
+    def other(name: str) -> LayerQuant:
+        found = plan.layer(name)
+        activation = found.segments[0].activation
+        assert activation is not None
+        segment = replace(found.segments[0], activation=replace(activation, channel_factor=wide), stop=len(wide))
+        return replace(found, segments=(segment,))
+
+    model = read("ranks.before")
+    InsertQDQ(plan, weights)(model)
+    GatherTimestepScale()(model)
+    changed = replace(plan, layers=tuple(other(item.name) if item.name == layer else item for item in plan.layers))
+    with pytest.raises(LoweringError, match=f"{layer}: channel factors differ from the plan's"):
+        VerifyQDQ(changed)(model)
 
 
 def test_nothing_is_gathered_from_a_graph_without_tables(tmp_path: Path) -> None:

@@ -200,7 +200,8 @@ class TrainableLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.plan = plan
-        self.conv = [base] if isinstance(base, nn.Conv2d) else []  # in a list: its float weight is no parameter here
+        self.base = [base]  # in a list: its float weight is no parameter here
+        self.conv = [base] if isinstance(base, nn.Conv2d) else []
         self.spans = [(segment.start, segment.stop) for segment in plan.segments]
         original = base.weight.detach()
         self.weights = nn.ModuleList()

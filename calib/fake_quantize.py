@@ -9,25 +9,25 @@ from torch import Tensor
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+        # Few passes over memory: training is bound by them, not by arithmetic.
         steps = values / scale
         codes = steps.round()
-        codes = torch.minimum(torch.maximum(codes, -zero_point, out=codes), levels - zero_point, out=codes)
-        # Half a step of grace: a value that rounds to an end is inside.
-        inside = (steps - codes).abs_() <= 0.5
-        residual = torch.where(inside, codes - steps, codes)
-        ctx.save_for_backward(inside, residual, scale, zero_point)
-        return codes.mul_(scale)
+        torch.clamp(codes, -zero_point, levels - zero_point, out=codes)
+        ctx.save_for_backward(steps, codes, scale, zero_point)
+        return codes * scale
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inside, residual, scale, zero_point = ctx.saved_tensors
+        steps, codes, scale, zero_point = ctx.saved_tensors
         gradient = gradients[0]
+        difference = codes - steps
+        inside = difference.abs() <= 0.5  # what rounds to an end is inside
         passed = gradient * inside
         to_scale = to_zero = None
         if ctx.needs_input_grad[1]:
-            to_scale = (gradient * residual).sum_to_size(scale.shape)
+            to_scale = torch.where(inside, difference, codes).mul_(gradient).sum_to_size(scale.shape)
         if ctx.needs_input_grad[2]:
-            to_zero = (gradient - passed).sum_to_size(zero_point.shape).mul_(-scale)
+            to_zero = (passed.sum_to_size(zero_point.shape) - gradient.sum_to_size(zero_point.shape)).mul_(scale)
         return passed if ctx.needs_input_grad[0] else None, to_scale, to_zero, None
 
 

@@ -169,11 +169,16 @@ class Observer:
 
 def attention_operands(query: Tensor, key: Tensor, value: Tensor, extra: Mapping[str, object]) -> tuple[Tensor, ...]:
     """The four operands of the two matmuls as the exporter decomposes them: q·√scale, kᵀ·√scale, softmax, v."""
-    scale = extra.get("scale") or query.shape[-1] ** -0.5
-    root = float(scale) ** 0.5  # type: ignore[arg-type]
-    scaled_query, scaled_key = query * root, key.transpose(-1, -2) * root
+    scaled_query, scaled_key = scaled_operands(query, key, extra)
     probability = torch.softmax(scaled_query @ scaled_key, dim=-1)
     return scaled_query, scaled_key, probability, value
+
+
+def scaled_operands(query: Tensor, key: Tensor, extra: Mapping[str, object]) -> tuple[Tensor, Tensor]:
+    """q·√scale [b, h, n, c] and kᵀ·√scale [b, h, c, m], the operands of the first matmul."""
+    scale = extra.get("scale") or query.shape[-1] ** -0.5
+    root = float(scale) ** 0.5  # type: ignore[arg-type]
+    return query * root, key.transpose(-1, -2) * root
 
 
 def save_statistics(path: Path, statistics: Mapping[str, ActivationStatistics]) -> None:

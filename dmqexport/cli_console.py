@@ -148,6 +148,11 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if metrics.get("retrieval_accuracy") is not None:
         accuracy, reference = metrics["retrieval_accuracy"], metrics["retrieval_accuracy_fp"]
         rows.append(("retrieval", f"{accuracy:.1%} of {metrics['retrieval_count']} captions (float {reference:.1%})"))
+    if metrics.get("frechet_train") is not None:
+        distance, reference = metrics["frechet_train"], metrics["frechet_train_fp"]
+        rows.append(
+            ("Fréchet", f"{distance:.4f} to the training set (float {reference:.4f}; {metrics['frechet_extractor']})")
+        )
     return rows
 
 

@@ -42,6 +42,7 @@ STAGE_VERSIONS = {
     "passes": 2,
     "compile": 1,
     "reference": 1,
+    "features": 1,
 }
 _EQUALIZE_ENTRIES = 512  # channel extremes settle long before quantization ranges do
 _REFINE_ENTRIES = 1024  # second moments; more changes nothing measurable

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 import dmqexport
+from dmqexport.models.picture_features import DIMENSION
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_validate import Validation
 from dmqexport.quant_plan import LayerQuant
@@ -63,6 +64,13 @@ class ReportBuilder:
                     "retrieval_accuracy",
                     "retrieval_accuracy_fp",
                     "retrieval_count",
+                    "frechet_train",
+                    "frechet_train_fp",
+                    "frechet_train_ratio",
+                    "frechet_float",
+                    "frechet_extractor",
+                    "frechet_features",
+                    "frechet_count",
                     "canonical_max_rel_error",
                     "canonical_sqnr_db",
                     "by_timestep",
@@ -270,6 +278,14 @@ class ReportBuilder:
         target = self.build.recipe.target
         if not self.validation.judges_retrieval:
             notes["metrics.retrieval_accuracy"] = "only the bundled model has a gallery to search"
+            notes["metrics.frechet_train"] = "only the bundled model has its training set at hand"
+        elif not self.validation.judges_frechet:
+            recipe = self.build.recipe.validation
+            notes["metrics.frechet_train"] = (
+                f"{recipe.retrieval} pictures are too few for {DIMENSION} features"
+                if recipe.frechet
+                else "switched off"
+            )
         if target in (Target.TRT, Target.TRT_RTX):
             notes["latency"] = "engines run on a GPU; metrics are of the graph the engine is built from, run on the CPU"
         elif target is Target.ONNX:

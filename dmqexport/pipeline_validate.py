@@ -14,10 +14,13 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from calib.sampling import CalibrationSet
 from dmqexport.models import emoji
+from dmqexport.models.picture_features import DIMENSION, EXTRACTOR, picture_features
 from dmqexport.models.sampling import sample_images, set_denoiser
 from dmqexport.onnx_export import save_model
 from dmqexport.pipeline import Build
+from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.report.document import CAP_DB
+from dmqexport.report.frechet import enough_pictures, fit_gaussian, frechet_distance
 from dmqexport.report.retrieval import retrieval_accuracy
 from dmqexport.runtime import QuantizedDenoiser
 from dmqexport.target import Target
@@ -118,20 +121,22 @@ class Validation:
         """`metrics.json` and `images.npy`."""
         build, recipe = self.build, self.recipe
         key = {
-            "version": 2,
+            "version": 3,
             "passes": build.passed.fingerprint,
             "reference": self.referenced.fingerprint,
             "validation": recipe.model_dump(mode="json", exclude={"gates", "latency_batch", "latency_runs"}),
             "seed": build.recipe.seed,
         }
         reference = self.reference
+        if self.judges_frechet:
+            _ = self._training_features  # a stage of its own, not inside this one's time
 
         def run(folder: Path) -> None:
             eps = self._predicted_noise(reference.entries)
             layers = self._layers(reference.entries)
             images = self._images(reference)
             np.save(folder / "images.npy", images)
-            document = {**eps, "layers": layers, **self._picture_metrics(reference, images)}
+            document = {**eps, "layers": layers, **self.picture_metrics(reference, images)}
             (folder / "metrics.json").write_text(json.dumps(document), encoding="utf-8")
 
         return build.workspace.stage("validate", key, run)
@@ -253,8 +258,12 @@ class Validation:
             set_denoiser(build.model.pipeline, original)
         return result.images
 
-    def _picture_metrics(self, reference: Evaluation, images: Array) -> dict[str, Any]:
-        """PSNR (mean over pictures, and of the pooled error), SSIM, and retrieval accuracy of both models."""
+    def picture_metrics(self, reference: Evaluation, images: Array) -> dict[str, Any]:
+        """What `images` uint8 [n, H, W, 3] are worth beside the float model's of the same seeds.
+
+        PSNR (mean over pictures, and of the pooled error), SSIM, and where the model is the bundled one retrieval
+        accuracy and Fréchet distances of both models.
+        """
         error = ((images.astype(np.float64) - reference.images.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
         with np.errstate(divide="ignore"):
             psnr = np.minimum(CAP_DB, 10 * np.log10(255.0**2 / error))
@@ -273,7 +282,44 @@ class Validation:
             result["retrieval_accuracy"] = retrieval_accuracy(images, expected, gallery)
             result["retrieval_accuracy_fp"] = retrieval_accuracy(reference.images, expected, gallery)
             result["retrieval_count"] = len(images)
+        if self.judges_frechet:
+            result.update(self._frechet(reference, images))
         return result
+
+    @property
+    def judges_frechet(self) -> bool:
+        """Whether there are a training set, features and enough pictures for Fréchet distances."""
+        wanted = self.judges_retrieval and self.recipe.frechet
+        return wanted and enough_pictures(max(self.recipe.retrieval, self.recipe.images), DIMENSION)
+
+    def _frechet(self, reference: Evaluation, images: Array) -> dict[str, Any]:
+        """Distance of both models' pictures to the training set, and of the quantized model's to the float model's."""
+        trained = fit_gaussian(self._training_features)
+        quantized, original = (
+            fit_gaussian(picture_features(self.build.model, pictures)) for pictures in (images, reference.images)
+        )
+        distance, distance_fp = (frechet_distance(side, trained) for side in (quantized, original))
+        return {
+            "frechet_train": distance,
+            "frechet_train_fp": distance_fp,
+            "frechet_train_ratio": distance / max(distance_fp, 1e-30),
+            "frechet_float": frechet_distance(quantized, original),
+            "frechet_extractor": EXTRACTOR,
+            "frechet_features": DIMENSION,
+            "frechet_count": len(images),
+        }
+
+    @cached_property
+    def _training_features(self) -> Array:
+        """float64 [1355, 40], of the pictures that the bundled model was trained on; kept in the work folder."""
+        build = self.build
+        key = {"version": STAGE_VERSIONS["features"], "model": build.model.fingerprint, "extractor": EXTRACTOR}
+
+        def run(folder: Path) -> None:
+            np.save(folder / "features.npy", picture_features(build.model, emoji.images()))
+
+        loaded: Array = np.load(build.workspace.stage("features", key, run).path / "features.npy")
+        return loaded
 
     # Speed
 

@@ -104,6 +104,7 @@ class ValidationRecipe(Section):
 
     images: int = Field(default=16, ge=1, description="pictures compared with the float model's, same seeds")
     retrieval: int = Field(default=200, ge=0, le=1355, description="captions of the retrieval metric (bundled model)")
+    frechet: bool = Field(default=True, description="Fréchet distances, over the pictures of the retrieval metric")
     entries: int = Field(default=400, ge=1, description="trajectory points whose predicted noise is compared")
     layer_entries: int = Field(default=40, ge=1, description="trajectory points whose layer outputs are compared")
     batch_size: int = Field(default=16, ge=1)

@@ -86,6 +86,13 @@ class Metrics(_Part):
     retrieval_accuracy: Fraction | None = None
     retrieval_accuracy_fp: Fraction | None = None
     retrieval_count: Count | None = None
+    frechet_train: NonNegative | None = None
+    frechet_train_fp: NonNegative | None = None
+    frechet_train_ratio: NonNegative | None = None
+    frechet_float: NonNegative | None = None
+    frechet_extractor: str | None = None
+    frechet_features: Count | None = None
+    frechet_count: Count | None = None
     canonical_max_rel_error: NonNegative | None = None
     by_timestep: Many[TimestepError] = ()
 

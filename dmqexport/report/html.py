@@ -134,6 +134,7 @@ def _cards(document: ReportDocument) -> list[Card]:
         _card(document, "Images", metrics.image_psnr_db, wording.decibels, "PSNR to FP", "metrics.image_psnr_db"),
         _card(document, "Structure", metrics.image_ssim, _ssim, "SSIM to FP", "metrics.image_ssim"),
         _retrieval_card(document),
+        _frechet_card(document),
         _card(
             document,
             "Size",
@@ -168,6 +169,19 @@ def _retrieval_card(document: ReportDocument) -> Card:
     if metrics.retrieval_count is not None:
         detail += f", {wording.count(metrics.retrieval_count)} pictures"
     return Card("Prompt retrieval", wording.percent(metrics.retrieval_accuracy), detail)
+
+
+def _frechet_card(document: ReportDocument) -> Card:
+    metrics = document.metrics
+    if metrics.frechet_train is None:
+        note = document.notes.get("metrics.frechet_train", "Fréchet distance to the training set")
+        return Card("Distribution", wording.NOT_MEASURED, note, "unknown")
+    detail = f"Fréchet distance to the training set; FP {wording.measured(metrics.frechet_train_fp, wording.plain)}"
+    if metrics.frechet_extractor is not None:
+        detail += f", {metrics.frechet_extractor}"
+    if metrics.frechet_count is not None:
+        detail += f", {wording.count(metrics.frechet_count)} pictures"
+    return Card("Distribution", wording.plain(metrics.frechet_train), detail)
 
 
 def _speed_card(document: ReportDocument) -> Card:

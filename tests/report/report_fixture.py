@@ -94,6 +94,13 @@ def make_document(layers: int = 60, rows: int = 10, seed: int = 0) -> dict[str, 
             "retrieval_accuracy": 0.949,
             "retrieval_accuracy_fp": 0.961,
             "retrieval_count": 512,
+            "frechet_train": 0.0473,
+            "frechet_train_fp": 0.0451,
+            "frechet_train_ratio": 1.0488,
+            "frechet_float": 0.0021,
+            "frechet_extractor": "emoji-autoencoder-40",
+            "frechet_features": 40,
+            "frechet_count": 512,
             "canonical_max_rel_error": 3.1e-6,
             "by_timestep": [
                 {

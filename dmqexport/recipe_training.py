@@ -1,0 +1,64 @@
+"""The training sections of a recipe: nothing is trained unless a stage is given iterations."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dmqexport.recipe_sections import Section
+
+
+class RatesRecipe(Section):
+    """Learning rates of Adam, each with a cosine to zero; relative to what they move, so that they fit every layer."""
+
+    weights: float = Field(default=5e-3, ge=0, description="of float weights, times the layer's mean weight scale")
+    rounding: float = Field(default=1e-2, ge=0, description="of rounding variables")
+    adapter: float = Field(default=5e-3, ge=0, description="of adapters, times the layer's mean weight scale")
+    weight_scales: float = Field(default=1e-3, ge=0, description="of weight scales, relative")
+    scales: float = Field(default=3e-3, ge=0, description="of activation scales, relative")
+    zero_points: float = Field(default=2e-2, ge=0, description="of activation zero_points, in codes")
+    biases: float = Field(default=1e-3, ge=0, description="of biases")
+
+
+class BlockTrainingRecipe(Section):
+    """Block-wise distillation (DilateQuant): each block learns the float block's output behind quantized blocks."""
+
+    iterations: int = Field(default=0, ge=0, description="a block; 0 leaves the stage out")
+    batch_size: int = Field(default=32, ge=1)
+    entries: int = Field(default=2048, ge=1, description="trajectory points that blocks are trained on")
+    held_out: int = Field(default=256, ge=1, description="points that judge whether a block got better")
+    mix_until: float = Field(default=0.5, ge=0, le=1, description="share of the iterations that mix in float inputs")
+    weights: Literal["none", "full", "rounding", "adapter"] = Field(default="full", description="what moves in a weight")
+    rates: RatesRecipe = RatesRecipe()
+
+
+class NetworkTrainingRecipe(Section):
+    """Distillation of the whole denoiser along float trajectories (LSQ with full weights, EfficientDM with adapters)."""
+
+    iterations: int = Field(default=0, ge=0, description="0 leaves the stage out")
+    batch_size: int = Field(default=32, ge=1, description="trajectory points, guidance halves counted")
+    weights: Literal["none", "full", "rounding", "adapter"] = Field(default="full", description="what moves in a weight")
+    rank: int = Field(default=32, ge=1, description="of adapters")
+    layers: tuple[str, ...] = Field(default=("*",), description="patterns of the layers that are trained")
+    guided_share: float = Field(
+        default=0.5, ge=0, le=1, description="how much the guided combination counts against its halves"
+    )
+    step_weights: Literal["equal", "measured"] = Field(
+        default="measured", description="measured: each sampling step counts by what its error does to the picture"
+    )
+    rates: RatesRecipe = RatesRecipe()
+
+
+class TrainingRecipe(Section):
+    """What is trained after calibration; everything trained comes out as codes, tables and biases."""
+
+    trajectories: int = Field(default=256, ge=1, description="float trajectories to train on")
+    activations: bool = Field(default=True, description="train the activation tables")
+    weight_scales: bool = True
+    biases: bool = True
+    blocks: BlockTrainingRecipe = BlockTrainingRecipe()
+    network: NetworkTrainingRecipe = NetworkTrainingRecipe()
+
+    @property
+    def trains(self) -> bool:
+        """Whether any stage has iterations."""
+        return self.blocks.iterations > 0 or self.network.iterations > 0

@@ -39,7 +39,7 @@ class _LineReporter:
         if now - self._last >= _LINE_SECONDS and 0 < done < total:
             self._last = now
             left = (now - self._start) * (total - done) / done
-            print(f"{self._stage:<{_STAGE_WIDTH}}{done}/{total}, about {_duration(left)} left", file=sys.stderr)
+            print(f"{self._stage:<{_STAGE_WIDTH}}{done}/{total}, about {duration(left)} left", file=sys.stderr)
 
     def finished(self, stage: str, seconds: float, cached: bool) -> None:
         """Say what it took."""
@@ -76,10 +76,10 @@ class _BarReporter:
 
 
 def _finished(stage: str, seconds: float, cached: bool) -> str:
-    return f"{stage:<{_STAGE_WIDTH}}{'reused' if cached else _duration(seconds)}"
+    return f"{stage:<{_STAGE_WIDTH}}{'reused' if cached else duration(seconds)}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`7.5 s`, `12 min 30 s` or `3 h 20 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -112,7 +112,7 @@ def _bars() -> Iterator[Reporter]:
 
         def render(self, task: Task) -> Text:
             left = task.time_remaining
-            return Text("" if task.total is None or left is None else f"about {_duration(left)} left")
+            return Text("" if task.total is None or left is None else f"about {duration(left)} left")
 
     console = Console(file=sys.stderr)
     progress = Progress(

@@ -129,7 +129,7 @@ class Validation:
         }
         reference = self.reference
         if self.judges_frechet:
-            _ = self._training_features  # a stage of its own, not inside this one's time
+            _ = self.training_features  # a stage of its own, not inside this one's time
 
         def run(folder: Path) -> None:
             eps = self._predicted_noise(reference.entries)
@@ -294,7 +294,7 @@ class Validation:
 
     def _frechet(self, reference: Evaluation, images: Array) -> dict[str, Any]:
         """Distance of both models' pictures to the training set, and of the quantized model's to the float model's."""
-        trained = fit_gaussian(self._training_features)
+        trained = fit_gaussian(self.training_features)
         quantized, original = (
             fit_gaussian(picture_features(self.build.model, pictures)) for pictures in (images, reference.images)
         )
@@ -310,7 +310,7 @@ class Validation:
         }
 
     @cached_property
-    def _training_features(self) -> Array:
+    def training_features(self) -> Array:
         """float64 [1355, 40], of the pictures that the bundled model was trained on; kept in the work folder."""
         build = self.build
         key = {"version": STAGE_VERSIONS["features"], "model": build.model.fingerprint, "extractor": EXTRACTOR}

@@ -99,7 +99,7 @@ def load_recipe(source: str | Path | None, options: Mapping[str, Any], assignmen
     the nearest one.
     """
     path = None if source is None else recipes.find(source)
-    document = {} if path is None else _read(path)
+    document = {} if path is None else read_mapping(path)
     given = {key: value for key, value in options.items() if value is not None}
     for key, value in given.items():
         _assign(document, key, value)
@@ -127,7 +127,8 @@ def load_recipe(source: str | Path | None, options: Mapping[str, Any], assignmen
         ) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The YAML mapping in a file; RecipeError where there is none."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

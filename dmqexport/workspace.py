@@ -75,7 +75,11 @@ class SilentReporter:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One finished stage: where its files lie and what it cost."""
+    """One finished stage: where its files lie and what it cost.
+
+    seconds, peak_rss_bytes: of this call, so next to nothing for a reused stage. built_seconds, built_peak_rss_bytes:
+    of the run that made the files; None for stages of older versions.
+    """
 
     name: str
     path: Path
@@ -83,6 +87,8 @@ class StageRecord:
     seconds: float
     cached: bool
     peak_rss_bytes: int
+    built_seconds: float | None = None
+    built_peak_rss_bytes: int | None = None
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -125,15 +131,26 @@ class Workspace:
                 try:
                     build(temporary)
                     _ordinary_modes(temporary)
-                    _write_contents(temporary)
+                    _write_contents(temporary, time.perf_counter() - start)
                     shutil.rmtree(final, ignore_errors=True)
                     temporary.rename(final)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
-        record = StageRecord(name, final, fingerprint, time.perf_counter() - start, cached, peak_rss_bytes())
+        seconds = time.perf_counter() - start
+        record = StageRecord(name, final, fingerprint, seconds, cached, peak_rss_bytes(), *_built(final))
         self.records.append(record)
         self.reporter.finished(name, record.seconds, cached)
         return record
+
+    @contextmanager
+    def partial(self, name: str, key: Mapping[str, Any]) -> Iterator[Path]:
+        """A folder for the unfinished work of stage `name` with `key`: it survives a kill, and goes when all is done."""
+        folder = self.root / f".{name}-{content_key({'stage': name, **key})[:16]}.partial"
+        if not self._resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Remove what killed builds left behind; a directory of a live process is left alone."""
@@ -143,9 +160,16 @@ class Workspace:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_contents(folder: Path) -> None:
+def _write_contents(folder: Path, seconds: float) -> None:
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
-    (folder / _CONTENTS).write_text(json.dumps({"files": sizes}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    document = {"files": sizes, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+    (folder / _CONTENTS).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _built(folder: Path) -> tuple[float | None, int | None]:
+    """(seconds, peak of the resident set) of the run that finished the stage."""
+    document = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
+    return document.get("seconds"), document.get("peak_rss_bytes")
 
 
 def _undamaged(folder: Path) -> bool:

@@ -51,6 +51,17 @@ def test_a_stage_is_built_once_for_one_key(tmp_path: Path) -> None:
     assert (first.path / "sub" / "file.bin").read_bytes() == b"result"
 
 
+def test_a_reused_stage_knows_what_it_cost(tmp_path: Path) -> None:
+    first = workspace(tmp_path).stage("plan", {"bits": 4}, Stage())
+    again = workspace(tmp_path).stage("plan", {"bits": 4}, Stage())
+    assert again.cached
+    assert again.built_seconds == first.built_seconds
+    assert again.built_seconds is not None
+    assert 0 < again.built_seconds <= first.seconds
+    assert again.built_peak_rss_bytes == first.built_peak_rss_bytes
+    assert (again.built_peak_rss_bytes or 0) > 2**20
+
+
 def test_no_resume_builds_again(tmp_path: Path) -> None:
     stage = Stage()
     workspace(tmp_path).stage("plan", {}, stage)

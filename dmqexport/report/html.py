@@ -60,7 +60,7 @@ def write_report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in ((json_path, data), (html_path, page)):
-            _replace(path, text)
+            write_whole(path, text)
     except OSError as error:
         raise ResourceError(
             f"cannot write the report to {folder}: {error}", hint="free space there or choose another output folder"
@@ -71,16 +71,16 @@ def write_report(
 def render_html(document: ReportDocument, images: ReportImages | None) -> str:
     """Return the page; everything it shows is inside it, and its own policy lets it load nothing else."""
     scale = heatmap.fit_scale(document.layers)
-    style, script = _style(), _resource("script.js.j2")
+    style, script = _style(), resource("script.js.j2")
     return (
-        _environment()
+        page_environment()
         .get_template("template.html.j2")
         .render(
             doc=document,
             style=Markup(style),
             script=Markup(script),
-            style_hash=_policy_hash(style),
-            script_hash=_policy_hash(script),
+            style_hash=policy_hash(style),
+            script_hash=policy_hash(script),
             verdict=_verdict(document),
             cards=_cards(document),
             gates=[_gate_row(gate) for gate in document.gates],
@@ -259,17 +259,19 @@ def _total(values: list[float | None]) -> float | None:
 
 def _style() -> str:
     levels = (f".v{level}{{fill:{colour}}}" for level, colour in enumerate(heatmap.colours()))
-    return _resource("style.css") + "".join(levels)
+    return resource("style.css") + "".join(levels)
 
 
-def _policy_hash(text: str) -> Markup:
+def policy_hash(text: str) -> Markup:
+    """Return the source that a content security policy allows the inline style or script `text` by."""
     digest = base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
     return Markup("'sha256-{}'").format(digest)
 
 
-def _environment() -> jinja2.Environment:
+def page_environment() -> jinja2.Environment:
+    """Return the environment of every page: escaping on, an unknown name is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_resource),
+        loader=jinja2.FunctionLoader(resource),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -284,11 +286,12 @@ def _breakable(name: str) -> Markup:
     return Markup(re.sub(r"([./_])", r"\1<wbr>", str(escape(name))))
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """Return a text file that lies beside this module."""
     return resources.files("dmqexport.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write the file whole or not at all, so that an interrupted run leaves no half page."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(text.encode("utf-8"))

@@ -5,17 +5,23 @@ targets are what it answered. Guided models are trained on what the sampler real
 u + g (c − u): its error weighs the two halves' errors as the picture will.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from calib.optimizer import StepOptimizer
 from calib.sampling import TIMESTEP, CalibrationSet
 from calib.trainable import TrainableModel
 from dmqexport.errors import CalibrationError
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
+
+_CHECKPOINT_SECONDS = 60.0
+_ROUNDING_PUSH = 1e-6  # of AdaRound's term, a sum over all weights
 
 
 @dataclass(frozen=True)
@@ -75,42 +81,75 @@ def distill_network(
     targets: Tensor,
     run: Run,
     *,
+    names: Collection[str] | None,
     guidance: float,
     guided_share: float,
     step_weights: Tensor,
     iterations: int,
     batch_size: int,
     seed: int,
+    checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> NetworkDistillResult:
-    """Train everything `model` holds for `iterations` batches that mix timesteps.
+    """Train layers `names` of `model` (None: all) for `iterations` batches that mix timesteps.
 
-    targets: float outputs of every entry; step_weights: [steps], how much each sampling step's error counts.
+    targets: float outputs of every entry; step_weights: [steps], how much each sampling step's error counts;
+    checkpoint: a file written about once a minute, from which a killed run goes on. Raises CalibrationError when the
+    loss is no number.
     """
     pairs = guidance_pairs(data)
     calls = max(1, batch_size // pairs.shape[1])
-    optimizer = model.optimizer(None, iterations)
-    generator = torch.Generator().manual_seed(seed)
+    calls = min(calls, len(pairs))
+    optimizer = model.optimizer(names, iterations)
     losses: list[float] = []
-    order = torch.zeros(0, dtype=torch.int64)
-    for iteration in range(iterations):
-        if len(order) < calls:
-            order = torch.randperm(len(pairs), generator=generator)
-        chosen, order = pairs[order[:calls]], order[calls:]
+    if checkpoint is not None and checkpoint.is_file():
+        losses = _resume(checkpoint, model, optimizer)
+    saved = time.monotonic()
+    for iteration in range(len(losses), iterations):
+        chosen = pairs[_batch(iteration, calls, len(pairs), seed)]
         index = chosen.flatten()
         batch = data.select(index)
         model.context.set_timestep(batch[TIMESTEP], len(index))
         error = (run(batch) - targets[index]).reshape(*chosen.shape, *targets.shape[1:])
         loss = guided_loss(error, step_weights[data.step[chosen[:, 0]]], guidance, guided_share)
-        loss = loss + model.regularizer(iteration / iterations)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        if not bool(torch.isfinite(loss)):
+            raise CalibrationError(
+                f"distillation diverged at iteration {iteration} of {iterations}: the loss is {float(loss)}",
+                hint="lower the learning rates: --set training.network.rates.weights=0.001",
+            )
         losses.append(float(loss.detach()))
-        if not torch.isfinite(loss):
-            raise CalibrationError(f"distillation diverged at iteration {iteration} of {iterations}: the loss is NaN")
+        pushed = loss + _ROUNDING_PUSH * model.regularizer(iteration / iterations, names)
+        optimizer.zero_grad()
+        torch.autograd.backward(pushed)
+        optimizer.step()
+        if checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
+            _save(checkpoint, model, optimizer, losses)
+            saved = time.monotonic()
         if progress is not None:
             progress(iteration + 1, iterations)
     model.forget()
     tenth = max(1, len(losses) // 10)
     return NetworkDistillResult(sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth, tuple(losses))
+
+
+def _batch(iteration: int, calls: int, pairs: int, seed: int) -> Tensor:
+    """Which calls iteration number `iteration` trains on: permutation after permutation, the same after a resume."""
+    per_epoch = pairs // calls
+    epoch, position = divmod(iteration, per_epoch)
+    order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[position * calls : (position + 1) * calls]
+
+
+def _save(path: Path, model: TrainableModel, optimizer: StepOptimizer, losses: list[float]) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save({"model": model.state(), "optimizer": optimizer.state(), "losses": losses}, temporary)
+    temporary.replace(path)
+
+
+def _resume(path: Path, model: TrainableModel, optimizer: StepOptimizer) -> list[float]:
+    """Load a checkpoint; returns the losses so far."""
+    saved = torch.load(path, weights_only=True)
+    model.load_state(saved["model"])
+    optimizer.load_state(saved["optimizer"])
+    losses: list[float] = saved["losses"]
+    return losses

@@ -1,8 +1,9 @@
 """Adam for dense parameters and for table rows: a row that is not in the batch keeps its value and its momentum."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, pi
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,16 @@ class StepOptimizer:
             ]
             if listed:
                 self._optimizers.append(kind(listed))
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on later, tensors and numbers only."""
+        return {"done": self._done, "optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._done = int(state["done"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -92,8 +92,8 @@ def _root(
       dmqexport run out/emoji -o faces.png --prompt "grinning face"
       dmqexport inspect out/emoji --layers
 
-    The verbs calibrate, plan, export, compile and validate are the stages of build. Each runs what it needs before
-    it and shares the work folder with the others, so that nothing is computed twice.
+    The verbs calibrate, plan, train, export, compile and validate are the stages of build. Each runs what it needs
+    before it and shares the work folder with the others, so that nothing is computed twice.
     """
 
 
@@ -213,10 +213,10 @@ def _artifacts(build: "Build", stage: str) -> dict[str, Path]:
             "trajectories": build.trajectories.path / "calibration.safetensors",
             "statistics": build.calibrated.path / "statistics.safetensors",
         }
-    if stage == Stage.PLAN:
+    if stage in (Stage.PLAN, Stage.TRAIN):
         from dmqexport.quant_plan import PLAN_ARRAYS, PLAN_JSON, WEIGHT_CODES
 
-        folder = build.planned.path
+        folder = (build.planned if stage == Stage.PLAN else build.trained_plan).path
         return {
             "quant_plan": folder / PLAN_JSON,
             "quant_plan_arrays": folder / PLAN_ARRAYS,
@@ -309,6 +309,13 @@ _stage_command(
     "Choose bits, scales and zero-points; write the QuantPlan and print where it is.\n\n"
     "Quantization is fixed here: every target computes with the integers of this plan." + _RESUME,
     _run_stages("plan"),
+)
+_stage_command(
+    "train",
+    "Distil the plan block by block and as a whole.",
+    "Train weights, scales and tables as the recipe says; write the trained QuantPlan and print where it is.\n\n"
+    "Recipes default and full train, fast does not: --recipe default, or any key under `training`." + _RESUME,
+    _run_stages("train"),
 )
 _stage_command(
     "export",

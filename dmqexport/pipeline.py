@@ -16,7 +16,8 @@ import torch
 from dmqexport.bundle import GRAPH
 from dmqexport.errors import BackendMissingError
 from dmqexport.onnx_export import OPSET, export_float_graph, save_model
-from dmqexport.pipeline_calibrate import STAGE_VERSIONS, Calibration
+from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.pipeline_train import Training
 from dmqexport.target import Target, cpu_has_vnni
 from dmqexport.workspace import StageRecord
 from passes.bind import bind
@@ -31,6 +32,7 @@ class Stage(StrEnum):
     LOAD = "load"
     CALIBRATE = "calibrate"
     PLAN = "plan"
+    TRAIN = "train"
     EXPORT = "export"
     PASSES = "passes"
     COMPILE = "compile"
@@ -48,7 +50,7 @@ class CompileResult:
     missing: str | None
 
 
-class Build(Calibration):
+class Build(Training):
     """One recipe on one work folder. Every stage is a property: asking for one runs what it needs, once."""
 
     # export
@@ -95,7 +97,7 @@ class Build(Calibration):
         key = {
             "version": STAGE_VERSIONS["passes"],
             "plan": self.plan.fingerprint,
-            "codes": self.planned.fingerprint,
+            "codes": self.trained_plan.fingerprint,
             "export": self.exported.fingerprint,
             "target": target,
             "vnni": self.vnni if target is Target.ORT_CPU else None,
@@ -204,6 +206,7 @@ class Build(Calibration):
             Stage.LOAD: lambda: self.model,
             Stage.CALIBRATE: lambda: self.calibrated,
             Stage.PLAN: lambda: self.planned,
+            Stage.TRAIN: lambda: self.trained_plan,
             Stage.EXPORT: lambda: self.exported,
             Stage.PASSES: lambda: self.passed,
             Stage.COMPILE: lambda: self.compiled,

@@ -67,8 +67,8 @@ class Validation:
             captions = emoji.captions()
             return [captions[row] for row in rows], [int(row) + seed * 10_007 for row in rows]
         prompts = list(self.build.model.default_prompts)
-        used = self.build.recipe.calibration.size if self.build.recipe.calibration.prompts is None else 0
-        chosen = [prompts[(used + index) % len(prompts)] for index in range(count)] if prompts else []
+        # Calibration and training take theirs from the front.
+        chosen = [prompts[-1 - index % len(prompts)] for index in range(count)] if prompts else []
         return chosen, [seed * 10_007 + index for index in range(count)]
 
     @cached_property

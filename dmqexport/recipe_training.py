@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from dmqexport.byte_size import parse_bytes
 from dmqexport.recipe_sections import Section
 
 
@@ -27,7 +28,9 @@ class BlockTrainingRecipe(Section):
     entries: int = Field(default=2048, ge=1, description="trajectory points that blocks are trained on")
     held_out: int = Field(default=256, ge=1, description="points that judge whether a block got better")
     mix_until: float = Field(default=0.5, ge=0, le=1, description="share of the iterations that mix in float inputs")
-    weights: Literal["none", "full", "rounding", "adapter"] = Field(default="full", description="what moves in a weight")
+    weights: Literal["none", "full", "rounding", "adapter"] = Field(
+        default="full", description="what moves in a weight"
+    )
     rates: RatesRecipe = RatesRecipe()
 
 
@@ -36,7 +39,9 @@ class NetworkTrainingRecipe(Section):
 
     iterations: int = Field(default=0, ge=0, description="0 leaves the stage out")
     batch_size: int = Field(default=32, ge=1, description="trajectory points, guidance halves counted")
-    weights: Literal["none", "full", "rounding", "adapter"] = Field(default="full", description="what moves in a weight")
+    weights: Literal["none", "full", "rounding", "adapter"] = Field(
+        default="full", description="what moves in a weight"
+    )
     rank: int = Field(default=32, ge=1, description="of adapters")
     layers: tuple[str, ...] = Field(default=("*",), description="patterns of the layers that are trained")
     guided_share: float = Field(
@@ -55,8 +60,23 @@ class TrainingRecipe(Section):
     activations: bool = Field(default=True, description="train the activation tables")
     weight_scales: bool = True
     biases: bool = True
+    max_ram: str | None = Field(
+        default=None, description="of cached block inputs, e.g. 2GiB; beyond it they go to disk"
+    )
     blocks: BlockTrainingRecipe = BlockTrainingRecipe()
     network: NetworkTrainingRecipe = NetworkTrainingRecipe()
+
+    @field_validator("max_ram")
+    @classmethod
+    def _bytes(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+    @property
+    def max_ram_bytes(self) -> int | None:
+        """`max_ram` in bytes."""
+        return None if self.max_ram is None else parse_bytes(self.max_ram)
 
     @property
     def trains(self) -> bool:

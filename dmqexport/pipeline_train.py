@@ -1,0 +1,225 @@
+"""Training stages between the plan and the graphs: block by block, then the network as a whole."""
+
+import json
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calib.block_distill import distill_blocks
+from calib.network_distill import distill_network, teacher_outputs
+from calib.sampling import CalibrationSet
+from calib.trainable import Rates, TrainableModel, TrainOptions, trainable
+from dmqexport.errors import RecipeError
+from dmqexport.models.sampling import sample_images
+from dmqexport.pipeline_calibrate import STAGE_VERSIONS, Calibration
+from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
+from dmqexport.recipe_training import RatesRecipe
+from dmqexport.step_weights import measure_step_weights
+from dmqexport.workspace import StageRecord
+
+_TRAINING_SEED = 2_000_000  # far from those of calibration and of evaluation
+_WEIGHED_PICTURES = 16
+_STATE = "state.safetensors"
+
+
+class Training(Calibration):
+    """Calibration, and what is trained on top of its plan."""
+
+    @cached_property
+    def training_trajectories(self) -> StageRecord:
+        """Float trajectories to train on: `calibration.safetensors`, and the float answers `targets.safetensors`."""
+        recipe = self.recipe
+        count = recipe.training.trajectories
+        prompts = self.prompts_for(count)
+        key = {**self.base_key("training-set"), "prompts": prompts, "size": count, "seed": recipe.seed}
+
+        def build(folder: Path) -> None:
+            reporter = self.workspace.reporter
+            result = sample_images(
+                self.model,
+                list(prompts) or None,
+                [_TRAINING_SEED + recipe.seed * 100_003 + index for index in range(count)],
+                steps=self.steps,
+                guidance=self.guidance,
+                batch_size=recipe.calibration.batch_size,
+                record=True,
+                progress=lambda done, total: reporter.progress(done, 2 * total),
+            )
+            data = result.calibration
+            assert data is not None
+            data.save(folder / "calibration.safetensors")
+            targets = teacher_outputs(
+                data,
+                self._denoise,
+                2 * recipe.calibration.batch_size,
+                lambda done, total: reporter.progress(total + done, 2 * total),
+            )
+            save_file({"targets": targets}, str(folder / "targets.safetensors"))
+
+        return self.workspace.stage("training-set", key, build)
+
+    @cached_property
+    def training_set(self) -> CalibrationSet:
+        """The recorded trajectories."""
+        return CalibrationSet.load(self.training_trajectories.path / "calibration.safetensors")
+
+    @cached_property
+    def step_weights(self) -> Tensor:
+        """float32 [steps]: how much each sampling step's error counts, mean 1."""
+        recipe = self.recipe
+        if recipe.training.network.step_weights == "equal":
+            return torch.ones(self.steps)
+        prompts = self.prompts_for(_WEIGHED_PICTURES)
+        key = {**self.base_key("step-weights"), "prompts": prompts, "seed": recipe.seed}
+
+        def build(folder: Path) -> None:
+            weights = measure_step_weights(
+                self.model,
+                prompts or None,
+                [_TRAINING_SEED + recipe.seed * 100_003 + index for index in range(_WEIGHED_PICTURES)],
+                steps=self.steps,
+                guidance=self.guidance,
+                batch_size=_WEIGHED_PICTURES,
+                progress=self.workspace.reporter.progress,
+            )
+            (folder / "step_weights.json").write_text(json.dumps(weights), encoding="utf-8")
+
+        record = self.workspace.stage("step-weights", key, build)
+        return torch.tensor(json.loads((record.path / "step_weights.json").read_text(encoding="utf-8")))
+
+    @property
+    def trained_plan(self) -> StageRecord:
+        """The last stage that made a plan: training's, or calibration's when nothing is trained."""
+        training = self.recipe.training
+        if training.network.iterations:
+            return self.network_trained
+        return self.blocks_trained if training.blocks.iterations else self.planned
+
+    @cached_property
+    def blocks_trained(self) -> StageRecord:
+        """Plan and codes after block-wise distillation."""
+        training, blocks = self.recipe.training, self.recipe.training.blocks
+        key = {
+            "version": STAGE_VERSIONS["blocks"],
+            "plan": self.planned.fingerprint,
+            "data": self.training_trajectories.fingerprint,
+            "options": self._shared_options(),
+            "blocks": blocks.model_dump(mode="json"),
+            "seed": self.recipe.seed,
+        }
+
+        def build(folder: Path) -> None:
+            options = self._options(blocks.weights, 1, blocks.rates)
+            with self._trainable(self.planned, options) as model, self.workspace.partial("blocks", key) as scratch:
+                result = distill_blocks(
+                    self.model.denoiser,
+                    model,
+                    self.training_set.subset(blocks.entries + blocks.held_out, self.recipe.seed),
+                    self._answer,
+                    iterations=blocks.iterations,
+                    batch_size=blocks.batch_size,
+                    held_out=blocks.held_out,
+                    mix_until=blocks.mix_until,
+                    max_ram=training.max_ram_bytes,
+                    scratch=scratch,
+                    seed=self.recipe.seed,
+                    progress=self.workspace.reporter.progress,
+                )
+                _save(model, folder)
+            document = [asdict(block) for block in result.blocks]
+            (folder / "blocks.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+        return self.workspace.stage("blocks", key, build)
+
+    @cached_property
+    def network_trained(self) -> StageRecord:
+        """Plan and codes after distillation of the whole denoiser."""
+        network = self.recipe.training.network
+        before = self.blocks_trained if self.recipe.training.blocks.iterations else self.planned
+        key = {
+            "version": STAGE_VERSIONS["network"],
+            "plan": before.fingerprint,
+            "data": self.training_trajectories.fingerprint,
+            "options": self._shared_options(),
+            "network": network.model_dump(mode="json"),
+            "step_weights": self.step_weights.tolist(),
+            "seed": self.recipe.seed,
+        }
+
+        def build(folder: Path) -> None:
+            options = self._options(network.weights, network.rank, network.rates)
+            targets = load_file(str(self.training_trajectories.path / "targets.safetensors"))["targets"]
+            with self._trainable(before, options) as model, self.workspace.partial("network", key) as scratch:
+                state = before.path / _STATE
+                if state.is_file() and self.recipe.training.blocks.weights == network.weights:
+                    model.load_state(load_file(str(state)))  # the float weights behind the codes go on, too
+                result = distill_network(
+                    model,
+                    self.training_set,
+                    targets,
+                    self._answer,
+                    names=self._selected(model, network.layers),
+                    guidance=self.guidance,
+                    guided_share=network.guided_share,
+                    step_weights=self.step_weights,
+                    iterations=network.iterations,
+                    batch_size=network.batch_size,
+                    seed=self.recipe.seed,
+                    checkpoint=scratch / "checkpoint.pt",
+                    progress=self.workspace.reporter.progress,
+                )
+                model.harden()
+                _save(model, folder)
+            document = {"first_loss": result.first, "last_loss": result.last, "losses": result.losses}
+            (folder / "network.json").write_text(json.dumps(document), encoding="utf-8")
+
+        return self.workspace.stage("network", key, build)
+
+    def _selected(self, model: TrainableModel, patterns: tuple[str, ...]) -> list[str] | None:
+        """Names of the layers that any pattern matches, None for all; RecipeError for a pattern that matches none."""
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in model.layers):
+                raise RecipeError(
+                    f"training.network.layers: {pattern!r} matches no quantized layer of {self.model.name}",
+                    hint=f"layers are named like {', '.join(list(model.layers)[:3])}",
+                )
+        if "*" in patterns:
+            return None
+        return [name for name in model.layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def _trainable(self, record: StageRecord, options: TrainOptions) -> Any:
+        plan, weights = QuantPlan.load(record.path), QuantWeights(record.path / WEIGHT_CODES)
+        return trainable(self.model.denoiser, plan, weights, self.probe_result, options)
+
+    def _options(self, weights: Any, rank: int, rates: RatesRecipe) -> TrainOptions:
+        training = self.recipe.training
+        return TrainOptions(
+            weights=weights,
+            weight_scales=training.weight_scales,
+            activations=training.activations,
+            biases=training.biases,
+            rank=rank,
+            rates=Rates(**rates.model_dump()),
+        )
+
+    def _shared_options(self) -> dict[str, Any]:
+        return self.recipe.training.model_dump(mode="json", include={"activations", "weight_scales", "biases"})
+
+    def _answer(self, inputs: Any) -> Tensor:
+        """The denoiser's output, with a gradient where one is asked for."""
+        output: Tensor = self.model.denoiser(**inputs, return_dict=False)[0]
+        return output
+
+
+def _save(model: TrainableModel, folder: Path) -> None:
+    """Plan, codes, and the training state from which a later stage goes on."""
+    plan, codes = model.freeze()
+    plan.save(folder)
+    QuantWeights.save(folder / WEIGHT_CODES, codes)
+    save_file({key: value.contiguous() for key, value in model.state().items()}, str(folder / _STATE))

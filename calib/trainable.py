@@ -261,7 +261,8 @@ class TrainableAttention:
         """query, key, value [batch, heads, tokens, channels]; returns the attention output."""
         scaled_query, scaled_key = scaled_operands(query, key, extra)
         scores = self.quantizers["query"](scaled_query) @ self.quantizers["key"](scaled_key)
-        return self.quantizers["probability"](torch.softmax(scores, dim=-1)) @ self.quantizers["value"](value)
+        output: Tensor = self.quantizers["probability"](torch.softmax(scores, dim=-1)) @ self.quantizers["value"](value)
+        return output
 
 
 class TrainableModel:

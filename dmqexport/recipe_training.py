@@ -35,7 +35,7 @@ class BlockTrainingRecipe(Section):
 
 
 class NetworkTrainingRecipe(Section):
-    """Distillation of the whole denoiser along float trajectories (LSQ with full weights, EfficientDM with adapters)."""
+    """The whole denoiser distilled along float trajectories (LSQ with full weights, EfficientDM with adapters)."""
 
     iterations: int = Field(default=0, ge=0, description="0 leaves the stage out")
     batch_size: int = Field(default=32, ge=1, description="trajectory points, guidance halves counted")
@@ -61,7 +61,7 @@ class TrainingRecipe(Section):
     weight_scales: bool = True
     biases: bool = True
     max_ram: str | None = Field(
-        default=None, description="of cached block inputs, e.g. 2GiB; beyond it they go to disk"
+        default=None, description="of cached block inputs, e.g. 2GiB; the rest goes to disk"
     )
     blocks: BlockTrainingRecipe = BlockTrainingRecipe()
     network: NetworkTrainingRecipe = NetworkTrainingRecipe()

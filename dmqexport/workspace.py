@@ -144,7 +144,7 @@ class Workspace:
 
     @contextmanager
     def partial(self, name: str, key: Mapping[str, Any]) -> Iterator[Path]:
-        """A folder for the unfinished work of stage `name` with `key`: it survives a kill, and goes when all is done."""
+        """A folder for unfinished work of stage `name` with `key`: it survives a kill, and goes when all is done."""
         folder = self.root / f".{name}-{content_key({'stage': name, **key})[:16]}.partial"
         if not self._resume:
             shutil.rmtree(folder, ignore_errors=True)

@@ -170,7 +170,8 @@ class TrainableActivation(nn.Module):
 
     def forget(self) -> None:
         """Drop the memory of the last tensor."""
-        self._last = None
+        if self._last is not None:  # setting an attribute of a module is slow, and most have nothing to drop
+            self._last = None
 
     def qparams(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """scale and integer zero_point, broadcastable over `like` [batch, ...]."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from calib.observer import ATTENTION_OPERANDS, ActivationStatistics
 from calib.probe import LayerInfo, ProbeResult
 from calib.range_search import RangeMethod, search_activation, search_centered, search_weight
+from calib.weight_dilation import scaled_columns
 from dmqexport.quant_plan import (
     Allocation,
     AttentionQuant,
@@ -25,6 +26,7 @@ from dmqexport.quant_types import (
     ActivationQuant,
     BitWidths,
     CodeArray,
+    FloatArray,
     IntArray,
     WeightQuant,
     quantize_weight,
@@ -52,10 +54,13 @@ def freeze(
     folds: tuple[ChannelFold, ...] = (),
     progress: Callable[[int, int], None] | None = None,
     search: RangeMethod = "mse",
+    factors: Mapping[str, FloatArray] | None = None,
 ) -> QuantPlan:
     """Choose every scale and zero_point as `search` says, write the weight codes to `codes_path`, return the plan.
 
     Readers of the same tensor with the same bits get the same quantizer, so that the graph quantizes it once.
+    factors: float32 [channels] by `source#index` (calib/channel_scaling.py); `statistics` must have been observed with
+    the same ones, and the columns of the readers' weights are multiplied by them before they are quantized.
     """
     layers: list[LayerQuant] = []
     float_layers = dict(found.unsupported)
@@ -66,7 +71,7 @@ def freeze(
         if choice.widths is None:
             float_layers[info.name] = choice.reason
             continue
-        layers.append(_freeze_layer(denoiser, info, choice, statistics, ranges, codes, search))
+        layers.append(_freeze_layer(denoiser, info, choice, statistics, ranges, codes, search, factors or {}))
         if progress is not None:
             progress(position + 1, len(found.layers))
     attentions: list[AttentionQuant] = []
@@ -99,6 +104,7 @@ def _freeze_layer(
     ranges: dict[tuple[str, int, int], ActivationQuant],
     codes: dict[str, CodeArray],
     search: RangeMethod,
+    factors: Mapping[str, FloatArray],
 ) -> LayerQuant:
     assert choice.widths is not None
     weight = denoiser.get_submodule(info.name).get_parameter("weight").detach()
@@ -106,19 +112,26 @@ def _freeze_layer(
     for index, (start, stop) in enumerate(info.segments):
         observed = statistics[f"{info.source}#{index}"]
         activation: ActivationQuant | None = None
+        factor = factors.get(f"{info.source}#{index}")
+        part = weight if len(info.segments) == 1 else weight[:, start:stop]
+        moment = observed.second_moment
         if choice.widths.activation is not None:
             key = (info.source, index, choice.widths.activation)
             if key not in ranges:
-                ranges[key] = _activation(observed, choice.widths.activation, search)
+                ranges[key] = _activation(observed, choice.widths.activation, search, factor)
             activation = ranges[key]
-        part = weight if len(info.segments) == 1 else weight[:, start:stop]
-        qparams = _weight(part, observed.second_moment, choice.widths.weight, info.op, search)
+            part = part if factor is None else scaled_columns(part, torch.from_numpy(factor.copy()))
+        elif factor is not None:  # a weight-only reader has no table to put a factor in: it reads the tensor as it is
+            moment = moment * torch.from_numpy(factor.copy()).square()
+        qparams = _weight(part, moment, choice.widths.weight, info.op, search)
         codes[f"{info.name}#{index}"] = quantize_weight(part.numpy(), qparams)
         segments.append(Segment(start, stop, qparams, activation))
     return LayerQuant(info.name, info.op, tuple(segments), info.parameters, choice.reason)
 
 
-def _activation(observed: ActivationStatistics, bits: int, search: RangeMethod) -> ActivationQuant:
+def _activation(
+    observed: ActivationStatistics, bits: int, search: RangeMethod, factor: FloatArray | None
+) -> ActivationQuant:
     found = search_activation(observed.values, observed.weights, observed.low, observed.high, bits, search)
     scale, zero_point = found.scale.clone(), found.zero_point.clone()
     dead = observed.high <= observed.low
@@ -127,7 +140,7 @@ def _activation(observed: ActivationStatistics, bits: int, search: RangeMethod) 
         # does not drag the tables' common scale to nothing.
         widest = torch.where(dead, torch.zeros_like(scale), scale).argmax()
         scale[dead], zero_point[dead] = scale[widest], zero_point[widest]
-    return ActivationQuant.from_rows(bits, scale.numpy(), zero_point.numpy())
+    return ActivationQuant.from_rows(bits, scale.numpy(), zero_point.numpy(), factor)
 
 
 def _weight(part: Tensor, second_moment: Tensor, bits: int, op: LayerOp, search: RangeMethod) -> WeightQuant:

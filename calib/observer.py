@@ -14,6 +14,7 @@ from calib.probe import AttentionMode, LayerInfo, ModuleStack, ProbeResult, remo
 from calib.sampling import CalibrationSet, seeded_generator
 from dmqexport.errors import CalibrationError
 from dmqexport.quant_plan import LayerOp
+from dmqexport.quant_types import FloatArray
 
 _TAIL = 4  # exact values kept at each end of every observed tensor
 ATTENTION_OPERANDS = ("query", "key", "probability", "value")
@@ -93,11 +94,17 @@ class Observer:
     """Gathers statistics of every quantizable tensor of a denoiser over a calibration set.
 
     Tensors that do not depend on the timestep have one row. Keys are `layer#segment` of the first reader, and
-    `attention#operand`.
+    `attention#operand`. A tensor with channel `factors` (float32 [channels] by key) is observed after the division.
     """
 
     def __init__(
-        self, found: ProbeResult, row_map: np.ndarray, samples_per_row: int, seed: int, attention: bool
+        self,
+        found: ProbeResult,
+        row_map: np.ndarray,
+        samples_per_row: int,
+        seed: int,
+        attention: bool,
+        factors: Mapping[str, FloatArray] | None = None,
     ) -> None:
         self._found = found
         self._row_map = torch.from_numpy(np.asarray(row_map).copy())
@@ -105,6 +112,7 @@ class Observer:
         self._samples_per_row = samples_per_row
         self._seed = seed
         self._attention = attention
+        self._factors = {key: torch.from_numpy(factor.copy()) for key, factor in (factors or {}).items()}
         self.statistics_: dict[str, ActivationStatistics] = {}
 
     def observe(
@@ -133,8 +141,10 @@ class Observer:
                 axis = 1 if layer.op is LayerOp.CONV else tensor.ndim - 1
                 used = rows if layer.timestep_dependent else [0] * len(rows)
                 for index, (start, stop) in enumerate(layer.segments):
-                    part = tensor.narrow(axis, start, stop - start)
-                    accumulator(f"{layer.name}#{index}", layer.timestep_dependent).observe(part, entries, used, axis)
+                    part, key = tensor.narrow(axis, start, stop - start), f"{layer.name}#{index}"
+                    if key in self._factors:
+                        part = part / self._factors[key].reshape(-1, *([1] * (tensor.ndim - 1 - axis)))
+                    accumulator(key, layer.timestep_dependent).observe(part, entries, used, axis)
 
             return hook
 

@@ -18,6 +18,7 @@ from calib.probe import removing
 from calib.quantizer import ActivationQuantizer, QuantizedLayer, simulate
 from calib.range_search import search_weight
 from calib.sampling import TIMESTEP, CalibrationSet
+from calib.weight_dilation import scaled_columns
 from dmqexport.quant_plan import LayerQuant, QuantPlan, QuantWeights
 from dmqexport.quant_types import MAX_BITS, CodeArray, WeightQuant, code_range
 
@@ -127,12 +128,18 @@ def _observe(
             for index, segment in enumerate(layer.segments):
                 part = tensor.narrow(axis, segment.start, segment.stop - segment.start)
                 quantizer = simulated.quantizers[index]
-                seen = part
+                if segment.activation is not None and segment.activation.channel_factor is not None:
+                    # Both moments are of the divided tensor: that is what the weight with its scaled columns reads.
+                    spread = (-1,) + (1,) * (tensor.ndim - 2) if axis == 1 else (-1,)
+                    divided = part / torch.from_numpy(segment.activation.channel_factor.copy()).reshape(spread)
+                else:
+                    divided = part
+                seen = divided
                 if isinstance(quantizer, ActivationQuantizer):
                     seen = quantizer.rescale(quantizer(part))
                     if quantizer.has_shift:
                         seen = seen - quantizer.per_sample(quantizer.correction, seen)
-                left, right = _columns(module, part), _columns(module, seen)
+                left, right = _columns(module, divided), _columns(module, seen)
                 if len(left) > _BATCH_POSITIONS:
                     kept = torch.randperm(len(left), generator=generator)[:_BATCH_POSITIONS]
                     left, right = left[kept], right[kept]
@@ -171,6 +178,8 @@ def _refine(
     for index, segment in enumerate(layer.segments):
         key = f"{layer.name}#{index}"
         part = weight[:, segment.start : segment.stop]
+        if segment.activation is not None and segment.activation.channel_factor is not None:
+            part = scaled_columns(part, torch.from_numpy(segment.activation.channel_factor.copy()))
         found = moments[key]
         target = fit_least_squares(part.flatten(1), found.quantized, found.mixed)
         rounded, qparams = round_second_order(target, found.quantized, segment.weight.bits)

@@ -32,7 +32,7 @@ def bench_bundle(
     """
     check_machine(bundle)
     folder = bundle.path.resolve()
-    recipe = load_recipe(bundle.path / RECIPE, {"model": model}, ["quantization.equalize=null"])
+    recipe = load_recipe(bundle.path / RECIPE, {"model": model}, ["scaling.method=none"])
     workspace = Workspace(folder.with_name(folder.name + ".work") if work is None else work, reporter)
     try:
         build = Build(recipe, bundle.path, workspace)

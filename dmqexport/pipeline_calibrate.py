@@ -1,7 +1,8 @@
-"""The first half of a build: load, trajectories, equalize, statistics, plan; each cached by what goes into it."""
+"""The first half of a build: load, trajectories, scaling, statistics, plan; each cached by what goes into it."""
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 import dmqexport
 from calib.bit_allocation import uniform
-from calib.equalize import apply_folds, fold_sites, measure_folds
+from calib.channel_scaling import ChannelScaling, ScalingSettings, choose_scaling
+from calib.equalize import apply_folds, fold_sites
 from calib.freeze import LayerBits, freeze
 from calib.observer import Observer, load_statistics, save_statistics
 from calib.probe import LayerInfo, ProbeResult, probe
@@ -35,16 +36,20 @@ from dmqexport.workspace import StageRecord, Workspace, content_key
 #: Raise a stage's number when its result changes for the same inputs, so that old work folders are not reused.
 STAGE_VERSIONS = {
     "trajectories": 1,
-    "equalize": 2,
+    "scaling": 1,
     "statistics": 1,
     "plan": 2,
+    "training-set": 1,
+    "step-weights": 1,
+    "blocks": 1,
+    "network": 1,
     "export": 1,
     "passes": 2,
     "compile": 1,
     "reference": 1,
     "features": 1,
 }
-_EQUALIZE_ENTRIES = 512  # channel extremes settle long before quantization ranges do
+_SCALING_ENTRIES = 512  # channel extremes settle long before quantization ranges do
 _REFINE_ENTRIES = 1024  # second moments; more changes nothing measurable
 _CALIBRATION_SEED = 1_000_000  # far from the seeds of evaluation pictures
 
@@ -106,8 +111,15 @@ class Calibration:
     @cached_property
     def calibration_prompts(self) -> tuple[str, ...]:
         """One prompt a calibration trajectory (repeated when there are fewer); empty for unconditional models."""
-        size, path = self.recipe.calibration.size, self.recipe.calibration.prompts
-        prompts = self.model.default_prompts
+        return self.prompts_for(self.recipe.calibration.size)
+
+    def prompts_for(self, count: int) -> tuple[str, ...]:
+        """`count` prompts of calibration's, repeated when there are fewer; empty for unconditional models."""
+        path = self.recipe.calibration.prompts
+        # The last ones of the model's own are for evaluation.
+        own = self.model.default_prompts
+        kept = len(own) - self.recipe.validation.images
+        prompts = own[:kept] if kept >= len(own) // 2 else own
         if path is not None:
             try:
                 lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -116,7 +128,7 @@ class Calibration:
             prompts = tuple(line.strip() for line in lines if line.strip())
             if not prompts:
                 raise RecipeError(f"calibration prompts {path}: no line with text")
-        return tuple(prompts[index % len(prompts)] for index in range(size)) if prompts else ()
+        return tuple(prompts[index % len(prompts)] for index in range(count)) if prompts else ()
 
     # calibrate
 
@@ -162,40 +174,55 @@ class Calibration:
         return used_rows(equal_groups(total, calibration.rows), used)
 
     @cached_property
-    def folds(self) -> tuple[ChannelFold, ...]:
-        """Channel factors, folded into the model's weights once known: every later stage sees those weights."""
-        strength = self.recipe.quantization.equalize
-        sites = fold_sites(self.model.denoiser) if strength is not None else []
-        if strength is None or not sites:
-            return ()
+    def scaling(self) -> ChannelScaling:
+        """Channel factors. Those that fold are in the model's weights once known: every later stage sees those."""
+        recipe, denoiser = self.recipe, self.model.denoiser
+        if recipe.scaling.method == "none":
+            return ChannelScaling()
+        row_map, found = self.row_map, self.probe_result
         key = {
-            "version": STAGE_VERSIONS["equalize"],
+            "version": STAGE_VERSIONS["scaling"],
             "trajectories": self.trajectories.fingerprint,
-            "strength": strength,
-            "seed": self.recipe.seed,
+            "rows": content_key({"row_map": row_map.tolist()}),
+            "layers": {name: str(item) for name, item in self.nominal_bits.items()},
+            "split_concat": recipe.quantization.split_concat,
+            "scaling": recipe.scaling.model_dump(mode="json"),
+            "seed": recipe.seed,
         }
 
         def build(folder: Path) -> None:
-            folds = measure_folds(
-                self.model.denoiser,
-                sites,
-                self.calibration_set.subset(_EQUALIZE_ENTRIES, self.recipe.seed),
+            choose_scaling(
+                denoiser,
+                found,
+                self.nominal_bits,
+                row_map,
+                self.calibration_set.subset(_SCALING_ENTRIES, recipe.seed),
                 self._denoise,
-                self.recipe.calibration.batch_size,
-                strength,
+                recipe.calibration.batch_size,
+                ScalingSettings(**recipe.scaling.model_dump()),
+                recipe.seed,
                 self.workspace.reporter.progress,
-            )
-            save_file({fold.producer: fold.factor for fold in folds}, str(folder / "folds.safetensors"))
+            ).save(folder)
 
-        record = self.workspace.stage("equalize", key, build)
-        factors = load_file(str(record.path / "folds.safetensors"))
-        folds = tuple(ChannelFold(site.producer, site.consumers, factors[site.producer]) for site in sites)
-        apply_folds(self.model.denoiser, folds, lambda: self._denoise(self.calibration_set.select(torch.tensor([0]))))
-        return folds
+        scaling = ChannelScaling.load(self.workspace.stage("scaling", key, build).path)
+        first = self.calibration_set.select(torch.tensor([0]))
+        apply_folds(denoiser, fold_sites(denoiser), scaling.folds, lambda: self._denoise(first))
+        return scaling
+
+    @property
+    def folds(self) -> tuple[ChannelFold, ...]:
+        """Channel factors that are part of the model's weights."""
+        return self.scaling.folds
 
     def _fold_key(self) -> list[str]:
         """What the folded weights depend on, beside the model."""
-        return [content_key({"producer": fold.producer, "factor": fold.factor.tobytes().hex()}) for fold in self.folds]
+        return [
+            content_key({"consumer": fold.consumers[0], "factor": fold.factor.tobytes().hex()}) for fold in self.folds
+        ]
+
+    def _factor_key(self) -> dict[str, str]:
+        """What the tensors that quantizers see depend on, beside the folded model."""
+        return {key: content_key({"factor": array.tobytes().hex()}) for key, array in self.scaling.factors.items()}
 
     @cached_property
     def probe_result(self) -> ProbeResult:
@@ -222,6 +249,7 @@ class Calibration:
             "version": STAGE_VERSIONS["statistics"],
             "trajectories": self.trajectories.fingerprint,
             "folds": self._fold_key(),
+            "factors": self._factor_key(),
             "rows": recipe.calibration.rows,
             "row_assignment": recipe.calibration.row_assignment,
             "samples_per_row": recipe.calibration.samples_per_row,
@@ -237,6 +265,7 @@ class Calibration:
                 recipe.calibration.samples_per_row,
                 recipe.seed,
                 recipe.quantization.attention_bits is not None,
+                self.scaling.factors,
             )
             observer.observe(
                 self.model.denoiser,
@@ -251,9 +280,14 @@ class Calibration:
 
     # plan
 
-    @cached_property
+    @property
     def layer_bits(self) -> dict[str, LayerBits]:
         """The widths of every layer."""
+        return self.nominal_bits
+
+    @cached_property
+    def nominal_bits(self) -> dict[str, LayerBits]:
+        """The widths that the recipe asks for layer by layer; channel factors are chosen at these."""
         quantization = self.recipe.quantization
         patterns: list[str] = list(self.boundary)
         if quantization.boundary is None:
@@ -296,6 +330,7 @@ class Calibration:
                 self.folds,
                 reporter.progress,
                 quantization.range,
+                factors=self.scaling.factors,
             )
             if quantization.rounding == "second-order":
                 plan, codes = refine_weights(
@@ -309,19 +344,24 @@ class Calibration:
                     reporter.progress,
                 )
                 QuantWeights.save(folder / WEIGHT_CODES, codes)
-            plan.save(folder)
+            replace(plan, scaling=self.scaling.record).save(folder)
 
         return self.workspace.stage("plan", key, build)
+
+    @property
+    def trained_plan(self) -> StageRecord:
+        """The stage whose plan is deployed."""
+        return self.planned
 
     @cached_property
     def plan(self) -> QuantPlan:
         """The plan."""
-        return QuantPlan.load(self.planned.path)
+        return QuantPlan.load(self.trained_plan.path)
 
     @property
     def weights(self) -> QuantWeights:
         """Weight codes of the plan."""
-        return QuantWeights(self.planned.path / WEIGHT_CODES)
+        return QuantWeights(self.trained_plan.path / WEIGHT_CODES)
 
     # shared
 

@@ -153,7 +153,11 @@ class Allocation:
 
 @dataclass(frozen=True, eq=False)
 class QuantPlan:
-    """Everything the graph needs to know. row_map: int64 [timesteps], timestep value → table row."""
+    """Everything the graph needs to know. row_map: int64 [timesteps], timestep value → table row.
+
+    scaling: for people, how the channel factors were chosen and what they did: `method`, and under `tensors` by
+    `layer#segment` of a tensor's first reader the choice, where it was applied, and its effects.
+    """
 
     model_fingerprint: str
     bits: str
@@ -164,6 +168,7 @@ class QuantPlan:
     float_layers: Mapping[str, str] = field(default_factory=dict)
     allocation: Allocation = field(default_factory=lambda: Allocation("uniform", "", 0.0, None))
     folds: tuple[ChannelFold, ...] = ()
+    scaling: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -337,6 +342,7 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
         "layers": layers,
         "attentions": attentions,
         "folds": folds,
+        "scaling": dict(plan.scaling),
         "float_layers": dict(plan.float_layers),
         "allocation": {
             **plan.allocation.details,
@@ -407,4 +413,5 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
             ChannelFold(item["producer"], tuple(item["consumers"]), arrays[f"{item['consumers'][0]}.fold"])
             for item in document["folds"]
         ),
+        scaling=document.get("scaling", {}),
     )

@@ -18,9 +18,11 @@ from dmqexport.recipe_sections import (
     LoweringRecipe,
     QuantizationRecipe,
     SamplingRecipe,
+    ScalingRecipe,
     Section,
     ValidationRecipe,
 )
+from dmqexport.recipe_training import TrainingRecipe
 from dmqexport.target import Target
 
 SCHEMA_VERSION = 1
@@ -69,6 +71,8 @@ class Recipe(Section):
     sampling: SamplingRecipe = SamplingRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     quantization: QuantizationRecipe = QuantizationRecipe()
+    scaling: ScalingRecipe = ScalingRecipe()
+    training: TrainingRecipe = TrainingRecipe()
     validation: ValidationRecipe = ValidationRecipe()
     lowering: LoweringRecipe = LoweringRecipe()
 

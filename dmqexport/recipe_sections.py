@@ -70,9 +70,6 @@ class QuantizationRecipe(Section):
     rounding: Literal["nearest", "second-order"] = Field(
         default="second-order", description="second-order: refit to quantized inputs, then compensate rounding (GPTQ)"
     )
-    equalize: float | None = Field(
-        default=0.5, ge=0, le=1, description="strength of channel factors folded where exact; null folds none"
-    )
 
     @field_validator("overrides")
     @classmethod
@@ -87,6 +84,28 @@ class QuantizationRecipe(Section):
                     hint=error.hint or BITS_HINT,
                 ) from error
         return value
+
+
+class ScalingRecipe(Section):
+    """Per-channel factors between an activation and its weights: same float function, narrower activations."""
+
+    method: Literal[
+        "none",
+        "dilation",
+        "dilation-symmetric",
+        "capped-dilation",
+        "smoothquant",
+        "awq",
+        "omniquant",
+        "dgq",
+        "os+",
+        "auto",
+    ] = Field(default="auto", description="auto: the best of several for every tensor, by its readers' output error")
+    merge: Literal["never", "when-better", "always"] = Field(
+        default="when-better", description="factors that do not fold into the layer before enter the timestep table"
+    )
+    strength: float = Field(default=0.5, ge=0, le=1, description="smoothquant, awq: share of the activation's range")
+    cap: float = Field(default=2.0, ge=1, le=64, description="capped-dilation: largest factor")
 
 
 class GatesRecipe(Section):

@@ -39,6 +39,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.bit_allocation import uniform
-from calib.equalize import apply_folds, fold_sites, measure_folds
+from calib.channel_scaling import ScalingSettings, choose_scaling
+from calib.equalize import apply_folds, fold_sites
 from calib.freeze import freeze
 from calib.observer import Observer
 from calib.probe import ProbeResult, probe
@@ -60,7 +62,7 @@ from dmqexport.models.sampling import sample_images, set_denoiser
 from dmqexport.quant_plan import QuantWeights
 from dmqexport.quant_types import BitWidths
 
-EQUALIZE_ENTRIES = 512
+SCALING_ENTRIES = 512
 REFINE_ENTRIES = 1024
 ROWS = 10
 SAMPLES_PER_ROW = 8192
@@ -158,30 +160,48 @@ class Bench:
 
 
 def ours(bench: Bench, requested: Sequence[str]) -> Iterator[Row]:
-    """dmqexport's calibration, once, then plan and simulation for every width, with and without float layers."""
-    start = time.perf_counter()
+    """dmqexport's calibration, plan and simulation for every width, with and without float layers."""
     denoiser = bench.loaded.denoiser
     used = np.unique(bench.calibration.timesteps.numpy())
     row_map = used_rows(equal_groups(bench.loaded.num_train_timesteps, ROWS), used)
     original = {name: value.clone() for name, value in denoiser.state_dict().items()}
-    entries = bench.calibration.subset(EQUALIZE_ENTRIES, 0)
-    folds = measure_folds(
-        denoiser, fold_sites(denoiser), entries, lambda inputs: bench.run(denoiser, inputs), bench.batch_size, 0.5
-    )
-    apply_folds(denoiser, folds, lambda: bench.run(denoiser, entries.select(torch.tensor([0]))))
-    statistics = Observer(bench.found, row_map, SAMPLES_PER_ROW, 0, attention=False).observe(
-        denoiser, bench.calibration, lambda inputs: bench.run(denoiser, inputs), bench.batch_size
-    )
-    calibrated = time.perf_counter() - start
+    entries = bench.calibration.subset(SCALING_ENTRIES, 0)
     recipe_floats = [layer.name for layer in bench.found.layers if any(n in layer.name for n in EXAMPLE_KEEPS_FLOAT)]
     for bits in requested:
         for name, keep in (("dmqexport", []), ("dmqexport, the recipe's float layers", recipe_floats)):
             start = time.perf_counter()
+            denoiser.load_state_dict(original)
             with tempfile.TemporaryDirectory() as folder:
                 codes = Path(folder) / "codes.safetensors"
                 chosen = uniform(bench.found, BitWidths.parse(bits), bench.loaded.family.boundary, {}, keep)
+                scaling = choose_scaling(
+                    denoiser,
+                    bench.found,
+                    chosen,
+                    row_map,
+                    entries,
+                    lambda inputs: bench.run(denoiser, inputs),
+                    bench.batch_size,
+                    ScalingSettings(),
+                    0,
+                )
+                first = entries.select(torch.tensor([0]))
+                apply_folds(denoiser, fold_sites(denoiser), scaling.folds, partial(bench.run, denoiser, first))
+                observer = Observer(bench.found, row_map, SAMPLES_PER_ROW, 0, False, scaling.factors)
+                statistics = observer.observe(
+                    denoiser, bench.calibration, lambda inputs: bench.run(denoiser, inputs), bench.batch_size
+                )
                 plan = freeze(
-                    denoiser, bench.found, chosen, statistics, row_map, None, bench.loaded.fingerprint, bits, codes
+                    denoiser,
+                    bench.found,
+                    chosen,
+                    statistics,
+                    row_map,
+                    None,
+                    bench.loaded.fingerprint,
+                    bits,
+                    codes,
+                    factors=scaling.factors,
                 )
                 plan, refined = refine_weights(
                     denoiser,
@@ -193,7 +213,7 @@ def ours(bench: Bench, requested: Sequence[str]) -> Iterator[Row]:
                     0,
                 )
                 QuantWeights.save(codes, refined)
-                seconds = calibrated + time.perf_counter() - start
+                seconds = time.perf_counter() - start
                 with simulate(denoiser, plan, QuantWeights(codes)):
                     sqnr, psnr = bench.judge(denoiser)
             kept = tuple(layer.name for layer in bench.found.layers if layer.name in plan.float_layers)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from models.tiny_pipelines import WIDTH, conditional_unet, unconditional_unet
 from torch import Tensor, nn
 
@@ -59,6 +59,25 @@ def conditional(entries: int = 11) -> Denoiser:
     """UNet with skip connections and cross-attention."""
     data = _data(entries, (4, 8, 8), encoder_hidden_states=_normal(entries, 5, WIDTH))
     return Denoiser(conditional_unet().eval(), data)
+
+
+def small(entries: int = 11) -> Denoiser:
+    """UNet with one skip and two transformer blocks that read one prompt: few blocks, so that training is quick."""
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=4,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        transformer_layers_per_block=2,
+    )
+    data = _data(entries, (4, 4, 4), encoder_hidden_states=_normal(entries, 5, WIDTH))
+    return Denoiser(model.eval(), data)
 
 
 def unconditional(entries: int = 11) -> Denoiser:

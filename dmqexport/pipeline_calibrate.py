@@ -21,13 +21,14 @@ from calib.observer import Observer, load_statistics, save_statistics
 from calib.probe import LayerInfo, ProbeResult, probe
 from calib.sampling import TIMESTEP, CalibrationSet
 from calib.second_order import refine_weights
-from calib.timestep_table import PER_STEP, equal_groups, per_step, used_rows
+from calib.step_ranges import step_ranges
+from calib.timestep_table import CLUSTER, PER_STEP, clustered, equal_groups, per_step, used_rows
 from dmqexport.bundle import is_replaceable
 from dmqexport.errors import RecipeError
 from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_checks import check_recipe
-from dmqexport.quant_plan import WEIGHT_CODES, ChannelFold, QuantPlan, QuantWeights
+from dmqexport.quant_plan import WEIGHT_CODES, Allocation, ChannelFold, QuantPlan, QuantWeights
 from dmqexport.quant_types import BitWidths
 from dmqexport.recipe import Recipe
 from dmqexport.target import PROFILES
@@ -37,6 +38,10 @@ from dmqexport.workspace import StageRecord, Workspace, content_key
 STAGE_VERSIONS = {
     "trajectories": 1,
     "scaling": 1,
+    "candidates": 1,
+    "sensitivity": 1,
+    "allocation": 1,
+    "pareto": 1,
     "statistics": 1,
     "plan": 2,
     "training-set": 1,
@@ -49,6 +54,7 @@ STAGE_VERSIONS = {
     "reference": 1,
     "features": 1,
 }
+_RANGE_ENTRIES = 320  # a range a step is a mean over the entries of that step
 _SCALING_ENTRIES = 512  # channel extremes settle long before quantization ranges do
 _REFINE_ENTRIES = 1024  # second moments; more changes nothing measurable
 _CALIBRATION_SEED = 1_000_000  # far from the seeds of evaluation pictures
@@ -171,6 +177,15 @@ class Calibration:
         total = self.model.num_train_timesteps
         if calibration.row_assignment == PER_STEP:
             return per_step(total, used)
+        if calibration.row_assignment == CLUSTER:
+            steps, features = step_ranges(
+                self.model.denoiser,
+                self.probe_result,
+                self.calibration_set.subset(_RANGE_ENTRIES, self.recipe.seed),
+                self._denoise,
+                calibration.batch_size,
+            )
+            return clustered(total, steps, features, calibration.rows)
         return used_rows(equal_groups(total, calibration.rows), used)
 
     @cached_property
@@ -285,6 +300,15 @@ class Calibration:
         """The widths of every layer."""
         return self.nominal_bits
 
+    @property
+    def allocation_fingerprint(self) -> str | None:
+        """What the widths were chosen by, when not by the recipe alone."""
+        return None
+
+    def allocation_of(self, plan: QuantPlan) -> Allocation:
+        """How the widths of `plan` were chosen."""
+        return plan.allocation
+
     @cached_property
     def nominal_bits(self) -> dict[str, LayerBits]:
         """The widths that the recipe asks for layer by layer; channel factors are chosen at these."""
@@ -312,6 +336,7 @@ class Calibration:
             "statistics": self.calibrated.fingerprint,
             "bits": recipe.bits,
             "layers": {name: str(item) for name, item in self.layer_bits.items()},
+            "allocation": self.allocation_fingerprint,
             "quantization": quantization.model_dump(mode="json"),
         }
 
@@ -344,7 +369,7 @@ class Calibration:
                     reporter.progress,
                 )
                 QuantWeights.save(folder / WEIGHT_CODES, codes)
-            replace(plan, scaling=self.scaling.record).save(folder)
+            replace(plan, scaling=self.scaling.record, allocation=self.allocation_of(plan)).save(folder)
 
         return self.workspace.stage("plan", key, build)
 

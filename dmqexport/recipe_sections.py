@@ -50,7 +50,9 @@ class CalibrationRecipe(Section):
     prompts: str | None = Field(default=None, description="text file, one prompt a line; null: the model's own")
     size: int = Field(default=64, ge=1, description="float trajectories")
     rows: int = Field(default=10, ge=1, description="rows of the timestep table")
-    row_assignment: Literal["equal-groups", "per-step"] = "equal-groups"
+    row_assignment: Literal["equal-groups", "per-step", "cluster"] = Field(
+        default="equal-groups", description="cluster: steps whose activation ranges are alike, at most `rows` of them"
+    )
     samples_per_row: int = Field(default=8192, ge=64, description="activation values kept per tensor and row")
     batch_size: int = Field(default=32, ge=1)
     embeddings: Literal["random"] | None = Field(default=None, description="for a UNet without text encoder")

@@ -1,11 +1,13 @@
 """Maps from timestep value to table row."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.timestep_table import equal_groups, per_step, used_rows
+from calib.timestep_table import clustered, equal_groups, per_step, used_rows
 from dmqexport.errors import RecipeError
 
 fixed = settings(deadline=None, derandomize=True, max_examples=60)
@@ -49,6 +51,52 @@ def test_per_step_goes_to_the_nearest_step(timesteps: int, used: list[int]) -> N
 
 def test_per_step_gives_a_tie_to_the_lower_step_and_ignores_order_and_repeats() -> None:
     np.testing.assert_array_equal(per_step(7, np.array([6, 2, 6])), [0, 0, 0, 0, 0, 1, 1])
+
+
+def scatter(features: np.ndarray, segment: np.ndarray) -> float:
+    """Squared distances to the mean of one's own segment."""
+    return sum(float(np.square(part - part.mean(axis=0)).sum()) for part in
+               (features[segment == index] for index in np.unique(segment)))  # fmt: skip
+
+
+@given(st.integers(2, 8), st.integers(1, 9), st.integers(0, 2**32 - 1))
+@fixed
+def test_clusters_are_the_best_contiguous_ones(count: int, rows: int, seed: int) -> None:
+    """Against every way to cut the steps."""
+    random = np.random.default_rng(seed)
+    features = random.normal(size=(count, 3)) + random.choice([0.0, 1e4])
+    used = np.sort(random.choice(100, size=count, replace=False))
+    row_map = clustered(100, used, features, rows)
+    found = row_map[used]
+    assert set(np.diff(found)) <= {0, 1}
+    assert set(row_map) == set(range(min(rows, count)))
+    least = min(
+        scatter(features, np.searchsorted(cut, np.arange(count), side="right"))
+        for cut in combinations(range(1, count), min(rows, count) - 1)
+    )
+    assert scatter(features, found) <= least * (1 + 1e-6) + 1e-6
+
+
+def test_clusters_find_where_ranges_jump() -> None:
+    used = np.arange(0, 1000, 50)
+    level = np.where(used < 150, 0.0, np.where(used < 800, 3.0, 5.0))
+    features = np.stack([level, -level], axis=1) + 1e-3 * np.sin(used)[:, np.newaxis]
+    row_map = clustered(1000, used, features, 3)
+    assert [int(row_map[timestep]) for timestep in (0, 100, 124, 126, 750, 774, 776, 999)] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_as_many_clusters_as_steps_are_one_row_a_step() -> None:
+    used = np.array([3, 10, 40])
+    features = np.array([[0.0], [1.0], [2.0]])
+    np.testing.assert_array_equal(clustered(50, used, features, 20), per_step(50, used))
+
+
+def test_clusters_that_cannot_be_are_refused() -> None:
+    with pytest.raises(RecipeError, match="0 rows asked for"):
+        clustered(50, np.array([1]), np.ones((1, 1)), 0)
+    for used, features in (([1, 1], np.ones((2, 1))), ([1, 2], np.ones((3, 1))), ([], np.ones((0, 1)))):
+        with pytest.raises(ValueError, match="do not fit"):
+            clustered(50, np.array(used, dtype=np.int64), features, 1)
 
 
 @given(st.integers(2, 300), st.data())

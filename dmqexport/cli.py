@@ -21,10 +21,14 @@ from dmqexport.cli_log import Session, start_logging
 from dmqexport.cli_options import (
     AttentionOption,
     BitsOption,
+    BudgetOption,
     DryRunOption,
     JsonOption,
+    MaxRamOption,
+    MixedOption,
     ModelOption,
     OutputOption,
+    ParetoOption,
     PromptsOption,
     QuietOption,
     RecipeOption,
@@ -126,8 +130,12 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         scheduler: SchedulerOption = None,
         calib_prompts: PromptsOption = None,
         calib_size: SizeOption = None,
+        max_ram: MaxRamOption = None,
         seed: SeedOption = None,
         attention_bits: AttentionOption = None,
+        mixed: MixedOption = False,
+        budget: BudgetOption = None,
+        pareto: ParetoOption = False,
         revision: RevisionOption = None,
         work: WorkOption = None,
         resume: ResumeOption = True,
@@ -149,8 +157,12 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
             "sampling.scheduler": scheduler,
             "calibration.prompts": None if calib_prompts is None else str(calib_prompts),
             "calibration.size": calib_size,
+            "training.max_ram": max_ram,
             "calibration.rows": rows,
             "quantization.attention_bits": attention_bits,
+            "allocation.mixed": mixed or budget is not None or None,
+            "allocation.budget": budget,
+            "allocation.pareto": pareto or None,
         }
         resolved = load_recipe(recipe, options, assignments or [])
         if dry_run:
@@ -217,10 +229,14 @@ def _artifacts(build: "Build", stage: str) -> dict[str, Path]:
         from dmqexport.quant_plan import PLAN_ARRAYS, PLAN_JSON, WEIGHT_CODES
 
         folder = (build.planned if stage == Stage.PLAN else build.trained_plan).path
+        curve = {}
+        if build.recipe.allocation.pareto:
+            curve = {"pareto": build.pareto.path / "pareto.json", "pareto_plot": build.pareto.path / "pareto.svg"}
         return {
             "quant_plan": folder / PLAN_JSON,
             "quant_plan_arrays": folder / PLAN_ARRAYS,
             "weight_codes": folder / WEIGHT_CODES,
+            **curve,
         }
     graphs = {
         "float_graph": build.float_graph,

@@ -47,7 +47,25 @@ PromptsOption = Annotated[
 SizeOption = Annotated[
     int | None, typer.Option("--calib-size", metavar="N", help="Float trajectories to calibrate on. Default 64.")
 ]
+MaxRamOption = Annotated[
+    str | None,
+    typer.Option("--max-ram", metavar="SIZE", help="Cached tensors of training held in memory, e.g. 2GiB; rest: disk."),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of everything random. Default 0.")]
+MixedOption = Annotated[
+    bool, typer.Option("--mixed", help="Allocate bits layer by layer; --bits are then the averages.")
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SIZE",
+        help="One budget, with --mixed: 2.5MiB of stored weights, 4.5bits of weights and activations, or 1.2ms.",
+    ),
+]
+ParetoOption = Annotated[
+    bool, typer.Option("--pareto", help="Also allocate at budgets around this one: pareto.json and pareto.svg.")
+]
 AttentionOption = Annotated[
     int | None,
     typer.Option("--attention-bits", metavar="N", help="Quantize the attention matmuls too. Default: float."),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from dmqexport import recipes
 from dmqexport.errors import RecipeError
 from dmqexport.quant_types import BitWidths
+from dmqexport.recipe_allocation import AllocationRecipe
 from dmqexport.recipe_sections import (
     BITS_HINT,
     BooleanError,
@@ -54,8 +55,12 @@ OPTIONS = {
     "sampling.scheduler": "--scheduler",
     "calibration.prompts": "--calib-prompts",
     "calibration.size": "--calib-size",
+    "training.max_ram": "--max-ram",
     "calibration.rows": "--rows",
     "quantization.attention_bits": "--attention-bits",
+    "allocation.mixed": "--mixed",
+    "allocation.budget": "--budget",
+    "allocation.pareto": "--pareto",
 }
 
 
@@ -72,6 +77,7 @@ class Recipe(Section):
     calibration: CalibrationRecipe = CalibrationRecipe()
     quantization: QuantizationRecipe = QuantizationRecipe()
     scaling: ScalingRecipe = ScalingRecipe()
+    allocation: AllocationRecipe = AllocationRecipe()
     training: TrainingRecipe = TrainingRecipe()
     validation: ValidationRecipe = ValidationRecipe()
     lowering: LoweringRecipe = LoweringRecipe()

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from dmqexport.byte_size import parse_bytes
+from dmqexport.errors import RecipeError
 from dmqexport.recipe_sections import Section
 
 
@@ -60,9 +61,7 @@ class TrainingRecipe(Section):
     activations: bool = Field(default=True, description="train the activation tables")
     weight_scales: bool = True
     biases: bool = True
-    max_ram: str | None = Field(
-        default=None, description="of cached block inputs, e.g. 2GiB; the rest goes to disk"
-    )
+    max_ram: str | None = Field(default=None, description="of cached block inputs, e.g. 2GiB; the rest goes to disk")
     blocks: BlockTrainingRecipe = BlockTrainingRecipe()
     network: NetworkTrainingRecipe = NetworkTrainingRecipe()
 
@@ -70,7 +69,12 @@ class TrainingRecipe(Section):
     @classmethod
     def _bytes(cls, value: str | None) -> str | None:
         if value is not None:
-            parse_bytes(value)
+            try:
+                parse_bytes(value)
+            except RecipeError as error:
+                raise RecipeError(
+                    f"recipe key 'training.max_ram' (--max-ram): {error.message}", hint=error.hint
+                ) from error
         return value
 
     @property

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import dmqexport
 from dmqexport.ablation_table import Method
-from dmqexport.errors import DmqExportError, ResourceError
+from dmqexport.errors import DmqExportError, RecipeError, ResourceError
 from dmqexport.recipe import Recipe, load_recipe
 from dmqexport.workspace import file_errors, writable_folder
 
@@ -80,17 +80,19 @@ def plan_runs(
     bits: Sequence[str],
     seeds: Sequence[int],
     assignments: Sequence[str],
+    effort: float = 1.0,
 ) -> list[Run]:
     """Every run, the float model first, then whole tables seed by seed: an early stop leaves comparable rows.
 
-    base: dotted recipe keys of the command line, `model` among them; assignments: `--set`, which wins over methods.
+    base: dotted recipe keys of the command line, `model` among them; assignments: `--set`, which wins over methods;
+    effort: share of every method's training iterations that is spent, at least one where there are any.
     Raises RecipeError for a method whose recipe does not resolve, naming it.
     """
 
     def resolve(method: Method, width: str, seed: int) -> Recipe:
         options = {**base, "bits": width, "seed": seed}
         try:
-            return load_recipe(method.base, options, [*method.assignments, *assignments])
+            return with_effort(load_recipe(method.base, options, [*method.assignments, *assignments]), effort)
         except DmqExportError as error:
             raise type(error)(f"method {method.name!r}: {error.message}", hint=error.hint) from error
 
@@ -99,6 +101,20 @@ def plan_runs(
     for seed in seeds:
         runs += [Run(m.name, width, seed, resolve(m, width, seed)) for width in bits for m in methods]
     return runs
+
+
+def with_effort(recipe: Recipe, effort: float) -> Recipe:
+    """The recipe with `effort` times its training iterations: less for a quick look, more for patience."""
+    if not (effort > 0 and math.isfinite(effort)):
+        raise RecipeError(f"effort is {effort:g}, expected a number above 0", hint="1 is the methods' own iterations")
+
+    def scaled(iterations: int) -> int:
+        return math.ceil(iterations * effort)
+
+    training = recipe.training
+    blocks = training.blocks.model_copy(update={"iterations": scaled(training.blocks.iterations)})
+    network = training.network.model_copy(update={"iterations": scaled(training.network.iterations)})
+    return recipe.model_copy(update={"training": training.model_copy(update={"blocks": blocks, "network": network})})
 
 
 class Ablation:

@@ -1,5 +1,6 @@
 """The methods of an ablation, read from a table: each a name, where it comes from, and the recipe keys it sets."""
 
+import copy
 import difflib
 import json
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ def _merge(target: dict[str, Any], overlay: Mapping[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             _merge(target[key], value)
         else:
-            target[key] = dict(value) if isinstance(value, dict) else value
+            target[key] = copy.deepcopy(value)  # the next overlay must not write into this one
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,6 +41,9 @@ def ablate(
         Path | None, typer.Option("--table", metavar="FILE", help="Your own table of methods, in place of the shipped.")
     ] = None,
     list_methods: Annotated[bool, typer.Option("--list", help="Print what every method sets, and stop.")] = False,
+    effort: Annotated[
+        float, typer.Option("--effort", metavar="X", help="Share of the training iterations; 0.1 for a quick look.")
+    ] = 1.0,
     assignments: SetOption = None,
     steps: StepsOption = None,
     scheduler: SchedulerOption = None,
@@ -75,7 +78,7 @@ def ablate(
         "sampling.scheduler": scheduler,
         "calibration.size": calib_size,
     }
-    runs = plan_runs(base, chosen, _widths(bits or ["w4a4"]), _numbers(seeds), assignments or [])
+    runs = plan_runs(base, chosen, _widths(bits or ["w4a4"]), _numbers(seeds), assignments or [], effort)
     ablation = Ablation(output, work, resume=resume)
     Session.resumable = True
     finished: list[Outcome] = []

@@ -20,8 +20,8 @@ from tests.command_line import SMALL, build, dmqexport, refused
 from tests.conftest import Built
 from tests.models.tiny_pipelines import copy
 
-STAGE_VERBS = ("build", "calibrate", "plan", "export", "compile", "validate")
-VERBS = (*STAGE_VERBS, "run", "inspect", "bench", "doctor", "models")
+STAGE_VERBS = ("build", "calibrate", "plan", "train", "export", "compile", "validate")
+VERBS = (*STAGE_VERBS, "run", "inspect", "bench", "doctor", "models", "ablate")
 HEAVY = {"torch", "numpy", "onnx", "onnx_ir", "onnxruntime", "diffusers", "transformers", "pydantic", "rich", "yaml"}
 
 

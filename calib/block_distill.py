@@ -121,7 +121,10 @@ def distill_blocks(
             score = trainer.train(partial(ticker.report, index), began)
             checkpoints.save(len(scores), score, trainer.state())
             scores.append(score)
-            logger.debug("block %s: mean squared error %.3g, was %.3g", block.name, score.after, score.before)
+            logger.info(
+                "block %d of %d, %s: error %.3g, was %.3g, of a power of %.3g; %.0f s",
+                *(len(scores), len(trained), block.name, score.after, score.before, score.power, score.seconds),
+            )
             outputs = [] if last else streams["quantized"].execute(index, inputs, trainer.set_rows)
         streams["float"].finish(index, targets, float_inputs)
         if not last:
@@ -270,21 +273,22 @@ class _BlockTrainer:
 
 
 class _Ticker:
-    """Progress over all blocks, in units of a block's own time, so that what remains can be estimated."""
+    """Progress in iterations over all blocks, counted by the time each takes: what remains can be estimated."""
 
     def __init__(
         self, graph: BlockGraph, trained: Sequence[int], iterations: int, progress: Callable[[int, int], None] | None
     ) -> None:
         self._progress, self._iterations = progress, max(iterations, 1)
-        units = {index: max(1, round(graph.seconds[index] * 1e6)) for index in trained}
-        self._units = units
-        self._before = {index: sum(units[other] for other in trained if other < index) for index in trained}
-        self._total = sum(units.values())
+        whole = sum(graph.seconds[index] for index in trained)
+        self._share = {index: graph.seconds[index] / whole for index in trained}
+        self._before = {index: sum(self._share[other] for other in trained if other < index) for index in trained}
+        self._total = len(trained) * self._iterations
 
     def report(self, index: int, done: int) -> None:
         """Block `index` has done `done` iterations."""
         if self._progress is not None:
-            self._progress(self._before[index] + self._units[index] * done // self._iterations, self._total)
+            share = self._before[index] + self._share[index] * done / self._iterations
+            self._progress(round(share * self._total), self._total)
 
 
 def _resume(

@@ -42,6 +42,30 @@ def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, levels: int
     return result
 
 
+class _RoundToCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, steps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        codes = steps.round()
+        torch.clamp(codes, low, high, out=codes)
+        ctx.save_for_backward(steps, codes)
+        return codes
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        steps, codes = ctx.saved_tensors
+        return gradients[0] * ((codes - steps).abs_() <= 0.5), None, None
+
+
+def round_to_codes(steps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """clip(round_half_even(steps), low, high), straight-through inside; steps: values divided by their scale.
+
+    codes * scale then has the exact derivative with respect to the scale, the codes. Where values are free to move
+    with their scale, as weights are, that is better than LSQ's estimate, which holds the values still.
+    """
+    result: Tensor = _RoundToCodes.apply(steps, low, high)  # type: ignore[no-untyped-call]
+    return result
+
+
 def straight_through_round(values: Tensor) -> Tensor:
     """Round half to even; the gradient passes as if nothing had happened."""
     return values + (values.round() - values).detach()

@@ -114,7 +114,7 @@ def distill_network(
         loss = guided_loss(error, step_weights[data.step[chosen[:, 0]]], guidance, guided_share)
         if not bool(torch.isfinite(loss)):
             raise CalibrationError(
-                f"distillation diverged at iteration {iteration} of {iterations}: the loss is {float(loss)}",
+                f"distillation diverged at iteration {iteration} of {iterations}: the loss is {float(loss.detach())}",
                 hint="lower the learning rates: --set training.network.rates.weights=0.001",
             )
         losses.append(float(loss.detach()))

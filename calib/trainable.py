@@ -29,17 +29,17 @@ from dmqexport.quant_types import CENTERED_ZERO_POINT, MAX_BITS, ActivationQuant
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of Adam. weights and adapter: in weight scales (times the layer's mean scale); rounding: of the
+    """Learning rates of Adam. weights and adapter: of the layer's mean 4-bit scale; rounding: of the
     rounding variable; weight_scales and scales: relative; zero_points: in codes; biases: as they are.
     """
 
-    weights: float = 5e-3
+    weights: float = 4e-3
     rounding: float = 1e-2
     adapter: float = 5e-3
     weight_scales: float = 1e-3
     scales: float = 3e-3
     zero_points: float = 2e-2
-    biases: float = 1e-3
+    biases: float = 3e-4
 
 
 @dataclass(frozen=True)

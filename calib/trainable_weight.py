@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib.fake_quantize import fake_quantize
+from calib.fake_quantize import round_to_codes
 from calib.optimizer import ParameterGroup
 from dmqexport.quant_types import CodeArray, FloatArray, WeightQuant, code_range
 
@@ -14,14 +14,16 @@ WeightMode = Literal["none", "full", "rounding", "adapter"]
 
 # AdaRound's rectified sigmoid (arXiv:2004.10568, Eq. 23): stretched, so that 0 and 1 are reached.
 _STRETCH, _SHIFT = 1.2, 0.1
-_EDGE = 0.49  # in steps: where a weight that was rounded away from its float value starts within its code
+# In steps: how far from its code's centre a weight may start. Second-order rounding moves many weights away from their
+# nearest code; started at the edge, Adam's first steps, all of one size, would undo it at random.
+_EDGE = 0.3
 
 
 class TrainableWeight(nn.Module):
     """codes → weight, with a gradient into what the mode trains. All modes start at the plan's codes exactly.
 
-    full: the float weight, moved into its code's interval where second-order rounding chose another code than the
-    nearest; rounding: floor plus a variable in [0, 1]; adapter: codes * scale + B A (EfficientDM, Eq. 6).
+    full: the float weight in steps of its scale, near its code where second-order rounding chose another code than
+    the nearest; rounding: floor plus a variable in [0, 1]; adapter: codes * scale + B A (EfficientDM, Eq. 6).
     """
 
     scale: Tensor
@@ -45,14 +47,14 @@ class TrainableWeight(nn.Module):
             self._start_rounding(original, start)
         elif mode == "adapter":
             out, width = original.shape[0], original[0].numel()
-            self.register_buffer("base", start * self.scale)
+            self.register_buffer("base", start)
             self.up = nn.Parameter(torch.zeros(out, rank))
             self.down = nn.Parameter(torch.randn(rank, width, generator=torch.Generator().manual_seed(out * width)))
             self.down.data.mul_(width**-0.5)
         else:
             steps = original / self.scale
             steps = torch.maximum(torch.minimum(steps, start + _EDGE), start - _EDGE)
-            self.latent = nn.Parameter(steps * self.scale, requires_grad=mode == "full")
+            self.latent = nn.Parameter(steps, requires_grad=mode == "full")
 
     def _start_rounding(self, original: Tensor, start: Tensor) -> None:
         steps = original / self.scale
@@ -66,14 +68,14 @@ class TrainableWeight(nn.Module):
         self.variable = nn.Parameter(-torch.log(_STRETCH / (share + _SHIFT) - 1))
 
     def groups(self, weights: float, rounding: float, adapter: float) -> list[ParameterGroup]:
-        """What the mode trains, with learning rates in units of the mean scale (EfficientDM, Sec. 3.3)."""
-        unit = float(self.scale.mean())
+        """What the mode trains, with learning rates in units of a 4-bit scale over its range (EfficientDM, Sec. 3.3)."""
+        unit = self.levels / 15
         if self.mode == "full":
             return [ParameterGroup([self.latent], weights * unit)]
         if self.mode == "rounding":
             return [ParameterGroup([self.variable], rounding)]
         if self.mode == "adapter":
-            return [ParameterGroup([self.up, self.down], adapter * unit)]
+            return [ParameterGroup([self.up, self.down], adapter * unit * float(self.scale.mean()))]
         return []
 
     def forward(self) -> Tensor:
@@ -82,12 +84,12 @@ class TrainableWeight(nn.Module):
         if self.mode == "rounding":
             soft = self._soft()
             codes = self.base + (soft if not self.hard else (soft >= 0.5).float())
-            return torch.minimum(torch.maximum(codes, -self.zero_point), self.levels - self.zero_point) * scale
-        return fake_quantize(self._latent(), scale, self.zero_point, self.levels)
+            return codes.clamp(-self.zero_point, self.levels - self.zero_point) * scale
+        return round_to_codes(self._steps(), -self.zero_point, self.levels - self.zero_point) * scale
 
-    def _latent(self) -> Tensor:
+    def _steps(self) -> Tensor:
         if self.mode == "adapter":
-            return self.base + (self.up @ self.down).reshape(self.base.shape)
+            return self.base + (self.up @ self.down).reshape(self.base.shape) / self.scale
         latent: Tensor = self.latent
         return latent
 
@@ -117,6 +119,6 @@ class TrainableWeight(nn.Module):
         if self.mode == "rounding":
             codes = (self.base + (self._soft() >= 0.5).float()).numpy()
         else:
-            codes = torch.round(self._latent() / scale32.reshape(shape)).numpy()
+            codes = torch.round(self._steps()).numpy()
         clipped: CodeArray = np.clip(codes, low.reshape(shape), high.reshape(shape)).astype(np.int8)
         return qparams, clipped

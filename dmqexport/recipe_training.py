@@ -12,13 +12,13 @@ from dmqexport.recipe_sections import Section
 class RatesRecipe(Section):
     """Learning rates of Adam, each with a cosine to zero; relative to what they move, so that they fit every layer."""
 
-    weights: float = Field(default=5e-3, ge=0, description="of float weights, times the layer's mean weight scale")
+    weights: float = Field(default=4e-3, ge=0, description="of float weights, times the layer's mean 4-bit scale")
     rounding: float = Field(default=1e-2, ge=0, description="of rounding variables")
-    adapter: float = Field(default=5e-3, ge=0, description="of adapters, times the layer's mean weight scale")
+    adapter: float = Field(default=5e-3, ge=0, description="of adapters, times the layer's mean 4-bit scale")
     weight_scales: float = Field(default=1e-3, ge=0, description="of weight scales, relative")
     scales: float = Field(default=3e-3, ge=0, description="of activation scales, relative")
     zero_points: float = Field(default=2e-2, ge=0, description="of activation zero_points, in codes")
-    biases: float = Field(default=1e-3, ge=0, description="of biases")
+    biases: float = Field(default=3e-4, ge=0, description="of biases")
 
 
 class BlockTrainingRecipe(Section):

@@ -17,7 +17,8 @@ from calib.sampling import CalibrationSet
 from calib.trainable import Rates, TrainableModel, TrainOptions, trainable
 from dmqexport.errors import RecipeError
 from dmqexport.models.sampling import sample_images
-from dmqexport.pipeline_calibrate import STAGE_VERSIONS, Calibration
+from dmqexport.pipeline_allocate import Allocating
+from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
 from dmqexport.recipe_training import RatesRecipe
 from dmqexport.step_weights import measure_step_weights
@@ -28,7 +29,7 @@ _WEIGHED_PICTURES = 16
 _STATE = "state.safetensors"
 
 
-class Training(Calibration):
+class Training(Allocating):
     """Calibration, and what is trained on top of its plan."""
 
     @cached_property

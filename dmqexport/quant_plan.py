@@ -95,7 +95,7 @@ class LayerQuant:
 
     @property
     def activation_bits(self) -> int | None:
-        """Nominal activation bits, None for float."""
+        """Nominal activation bits (of the widest row), None for float."""
         activation = self.segments[0].activation
         return None if activation is None else activation.bits
 
@@ -142,12 +142,22 @@ class ChannelFold:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How the bits were chosen. `method` is `uniform` unless a budget was given."""
+    """How the bits were chosen. `method` is `uniform` unless a budget was given, and then nothing else is known.
+
+    multipliers: λ of every budget, the distortion that one more unit of it would save (`lambda` in the JSON); rate:
+    budget → {used, limit}; predicted_distortion: sum over layers; measured_distortion: all layers quantized at once;
+    certified_gap: no choice within the budgets predicts less than (1 - gap) · predicted.
+    """
 
     method: str
     budget: str
     average_weight_bits: float
     average_activation_bits: float | None
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+    rate: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    predicted_distortion: float | None = None
+    measured_distortion: float | None = None
+    certified_gap: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -290,7 +300,11 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
     def activation_entry(key: str, activation: ActivationQuant) -> dict[str, Any]:
         arrays[f"{key}.scale"] = np.asarray(activation.scale)
         arrays[f"{key}.zero_point"] = np.asarray(activation.zero_point)
-        entry = {"bits": activation.bits, "rows": activation.rows, "scale_ref": activation.scale_ref}
+        entry: dict[str, Any] = {
+            "bits": activation.bits, "rows": activation.rows, "scale_ref": activation.scale_ref,
+        }  # fmt: skip
+        if activation.row_bits is not None:
+            entry["row_bits"] = activation.row_bits.tolist()
         if activation.channel_factor is not None:
             arrays[f"{key}.channel_factor"] = np.asarray(activation.channel_factor)
             entry["channel_factors"] = len(activation.channel_factor)
@@ -350,6 +364,11 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
             "budget": plan.allocation.budget,
             "average_weight_bits": plan.allocation.average_weight_bits,
             "average_activation_bits": plan.allocation.average_activation_bits,
+            "lambda": dict(plan.allocation.multipliers),
+            "rate": {name: dict(values) for name, values in plan.allocation.rate.items()},
+            "predicted_distortion": plan.allocation.predicted_distortion,
+            "measured_distortion": plan.allocation.measured_distortion,
+            "certified_gap": plan.allocation.certified_gap,
         },
     }
     return document, arrays
@@ -365,6 +384,7 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
             arrays[f"{key}.zero_point"],
             float(entry["scale_ref"]),
             arrays[f"{key}.channel_factor"] if "channel_factors" in entry else None,
+            np.asarray(entry["row_bits"], dtype=np.int64) if "row_bits" in entry else None,
         )
 
     def required(key: str, entry: Mapping[str, Any]) -> ActivationQuant:
@@ -400,6 +420,9 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
     )
     allocation = dict(document["allocation"])
     known = {key: allocation.pop(key) for key in ("method", "budget", "average_weight_bits", "average_activation_bits")}
+    known["multipliers"], known["rate"] = allocation.pop("lambda", {}), allocation.pop("rate", {})
+    for key in ("predicted_distortion", "measured_distortion", "certified_gap"):
+        known[key] = allocation.pop(key, None)
     return QuantPlan(
         model_fingerprint=document["model_fingerprint"],
         bits=document["bits"],

@@ -10,6 +10,7 @@ rounds exactly (one multiplication or one division each).
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,11 @@ def frozen_array(values: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any
     return array
 
 
-def code_range(bits: int, zero_point: npt.ArrayLike) -> tuple[IntArray, IntArray]:
-    """Return (quant_min, quant_max) of the signed codes, same shape as `zero_point`."""
+def code_range(bits: int | IntArray, zero_point: npt.ArrayLike) -> tuple[IntArray, IntArray]:
+    """Return (quant_min, quant_max) of the signed codes, same shape as `zero_point`; bits: of all, or of each."""
     zero = np.asarray(zero_point, dtype=np.int64)
-    return -zero, (2**bits - 1) - zero
+    highest: IntArray = 2 ** np.asarray(bits, dtype=np.int64) - 1 - zero
+    return -zero, highest
 
 
 def check_bits(bits: int, where: str) -> None:
@@ -103,6 +105,9 @@ class ActivationQuant:
     on the timestep. scale_ref: float32 scalar, the constant scale of the Q/DQ pair (geometric mean of the rows).
     channel_factor: float32 [channels] > 0, or None for ones: the tensor is divided by it before it is rounded, and the
     columns of its readers' weights were multiplied by it before *they* were quantized, so nothing undoes it later.
+    row_bits: int64 [rows], or None when every row has `bits`: rows may be narrower or wider than each other (DMQ's
+    allocation a timestep group), up to 7 bits, since a row's bits are nothing but the ends of its clip; `bits` is then
+    the widest row's.
     """
 
     bits: int
@@ -110,6 +115,7 @@ class ActivationQuant:
     zero_point: IntArray
     scale_ref: float
     channel_factor: FloatArray | None = None
+    row_bits: IntArray | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "activation")
@@ -119,33 +125,47 @@ class ActivationQuant:
         object.__setattr__(self, "scale", frozen_array(self.scale, np.float32))
         object.__setattr__(self, "zero_point", frozen_array(self.zero_point, np.int64))
         object.__setattr__(self, "scale_ref", float(np.float32(self.scale_ref)))
-        _check_qparams(self.bits, self.scale, self.zero_point)
+        if self.row_bits is not None:
+            object.__setattr__(self, "row_bits", frozen_array(self.row_bits, np.int64))
+            _check_row_bits(self.row_bits, self.bits, len(self.scale))
+        _check_qparams(self.bits if self.row_bits is None else self.row_bits, self.scale, self.zero_point)
         if not (np.isfinite(self.scale_ref) and self.scale_ref > 0):
             raise ValueError(f"scale_ref must be positive and finite, got {self.scale_ref}")
 
     @classmethod
     def from_rows(
-        cls, bits: int, scale: npt.ArrayLike, zero_point: npt.ArrayLike, channel_factor: npt.ArrayLike | None = None
+        cls,
+        bits: int | npt.ArrayLike,
+        scale: npt.ArrayLike,
+        zero_point: npt.ArrayLike,
+        channel_factor: npt.ArrayLike | None = None,
     ) -> "ActivationQuant":
         """Build from per-row arrays [rows]; equal rows collapse to one, scale_ref is their geometric mean.
 
-        channel_factor [channels]: a factor of nothing but ones is none.
+        bits: of every row, or [rows]; channel_factor [channels]: a factor of nothing but ones is none.
         """
+        widths = np.asarray(bits, dtype=np.int64).reshape(-1)
+        even = bool(np.all(widths == widths[0]))
         scales = np.asarray(scale, dtype=np.float32).reshape(-1)
         zeros = np.asarray(zero_point, dtype=np.int64).reshape(-1)
-        if bool(np.all(scales == scales[0])) and bool(np.all(zeros == zeros[0])):
+        if even and bool(np.all(scales == scales[0])) and bool(np.all(zeros == zeros[0])):
             scales, zeros = scales[:1], zeros[:1]
         constant = bool(np.all(scales == scales[0]))
         reference = scales[0] if constant else np.float32(np.exp(np.mean(np.log(scales.astype(np.float64)))))
         factor = None if channel_factor is None else np.asarray(channel_factor, dtype=np.float32)
         if factor is not None and bool(np.all(factor == 1)):
             factor = None
-        return cls(bits, scales, zeros, float(reference), factor)
+        return cls(int(widths.max()), scales, zeros, float(reference), factor, None if even else widths)
 
     @property
     def rows(self) -> int:
         """Number of table rows, 1 when nothing varies with the timestep."""
         return int(self.scale.shape[0])
+
+    @property
+    def widths(self) -> IntArray:
+        """Bits of every row, int64 [rows]."""
+        return np.full(self.rows, self.bits, dtype=np.int64) if self.row_bits is None else self.row_bits
 
     def same_as(self, other: "ActivationQuant") -> bool:
         """Whether both quantize any tensor to the same codes."""
@@ -154,13 +174,14 @@ class ActivationQuant:
             and self.scale_ref == other.scale_ref
             and np.array_equal(self.scale, other.scale)
             and np.array_equal(self.zero_point, other.zero_point)
+            and np.array_equal(self.widths, other.widths)
             and _factor_bytes(self) == _factor_bytes(other)
         )
 
     def constants(self) -> "RowConstants":
         """Return the float32 constants that the simulation and the graphs use."""
         reference = np.float32(self.scale_ref)
-        quant_min, quant_max = code_range(self.bits, self.zero_point)
+        quant_min, quant_max = code_range(self.widths, self.zero_point)
         shift = self.zero_point - CENTERED_ZERO_POINT if self.bits == MAX_BITS else np.zeros_like(self.zero_point)
         shift32 = shift.astype(np.float32)
         rho = reference / self.scale
@@ -230,10 +251,60 @@ def check_channel_factor(factor: FloatArray) -> None:
         raise ValueError(f"channel factors must be a positive finite vector, got shape {factor.shape}")
 
 
-def _check_qparams(bits: int, scale: FloatArray, zero_point: IntArray) -> None:
+def _check_row_bits(row_bits: IntArray, bits: int, rows: int) -> None:
+    if row_bits.shape != (rows,) or int(row_bits.min()) < MIN_BITS or int(row_bits.max()) != bits:
+        raise ValueError(f"row_bits {row_bits.tolist()} must be {rows} widths from {MIN_BITS} up, the widest {bits}")
+    if bits == MAX_BITS:
+        raise ValueError(f"rows of different bits may have {MAX_BITS - 1} at most: {MAX_BITS} bits have another form")
+
+
+def _check_qparams(bits: int | IntArray, scale: FloatArray, zero_point: IntArray) -> None:
     if scale.ndim != 1 or scale.shape != zero_point.shape or scale.size == 0:
         raise ValueError(f"scale {scale.shape} and zero_point {zero_point.shape} must be equal, non-empty vectors")
     if not bool(np.all(np.isfinite(scale) & (scale > 0))):
         raise ValueError("every scale must be positive and finite")
-    if bool(np.any((zero_point < 0) | (zero_point > 2**bits - 1))):
-        raise ValueError(f"zero_point outside [0, {2**bits - 1}]")
+    largest = 2 ** np.asarray(bits, dtype=np.int64) - 1
+    if bool(np.any((zero_point < 0) | (zero_point > largest))):
+        raise ValueError(f"zero_point outside [0, {int(np.max(largest))}]")
+
+
+class BudgetKind(StrEnum):
+    """What a single budget limits."""
+
+    JOINT_BITS = "bits"
+    BYTES = "bytes"
+    MILLISECONDS = "ms"
+
+
+#: Units of a budget → its kind and what one of them is.
+_BUDGET_UNITS = {
+    "bits": (BudgetKind.JOINT_BITS, 1.0),
+    "b": (BudgetKind.BYTES, 1.0),
+    "kb": (BudgetKind.BYTES, 1e3),
+    "mb": (BudgetKind.BYTES, 1e6),
+    "gb": (BudgetKind.BYTES, 1e9),
+    "kib": (BudgetKind.BYTES, 2.0**10),
+    "mib": (BudgetKind.BYTES, 2.0**20),
+    "gib": (BudgetKind.BYTES, 2.0**30),
+    "ms": (BudgetKind.MILLISECONDS, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One limit for a whole model: average bits of weights and activations together, bytes of weights, or latency."""
+
+    kind: BudgetKind
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Parse `2.5MiB`, `900kB`, `4.5bits` or `1.2ms`; raises RecipeError for anything else."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+        unit = _BUDGET_UNITS.get(match[2].lower()) if match is not None else None
+        if match is None or unit is None or not float(match[1]) > 0:
+            raise RecipeError(
+                f"budget {text!r} is not a positive amount with a unit",
+                hint="for example 2.5MiB (stored weights), 4.5bits (weights and activations together) or 1.2ms",
+            )
+        return cls(unit[0], float(match[1]) * unit[1])

@@ -18,13 +18,15 @@ class Target(StrEnum):
 class TargetProfile:
     """What a target needs and does.
 
-    compute: type that multiplies quantized layers; builds_engine: a binary is compiled beside the ONNX graph;
-    runs_here: its deployed graph can be executed on a CPU machine.
+    compute: type that multiplies quantized layers; weight_containers: bits of the types that its file stores weights
+    in; builds_engine: a binary is compiled beside the ONNX graph; runs_here: its deployed graph can be executed on a
+    CPU machine.
     """
 
     target: Target
     summary: str
     compute: str
+    weight_containers: tuple[int, ...]
     builds_engine: bool
     runs_here: bool
 
@@ -33,14 +35,19 @@ PROFILES: dict[Target, TargetProfile] = {
     profile.target: profile
     for profile in (
         TargetProfile(
-            Target.ONNX, "canonical Q/DQ graph, packed weights, any ONNX runtime", "float32 (Q/DQ)", False, True
+            Target.ONNX, "canonical Q/DQ graph, packed weights, any ONNX runtime", "float32 (Q/DQ)", (4, 8), False, True
         ),
-        TargetProfile(Target.ORT_CPU, "ONNX Runtime CPU with fused int8 products", "int8", False, True),
+        TargetProfile(Target.ORT_CPU, "ONNX Runtime CPU with fused int8 products", "int8", (4, 8), False, True),
         TargetProfile(
-            Target.TRT_RTX, "TensorRT-RTX engine, built without a GPU, int8 proven per layer", "int8", True, False
+            Target.TRT_RTX, "TensorRT-RTX engine, built without a GPU, int8 proven per layer", "int8", (8,), True, False
         ),
         TargetProfile(
-            Target.TRT, "TensorRT 10/11 engine; needs a GPU to build, else a finishing script", "int8", True, False
+            Target.TRT,
+            "TensorRT 10/11 engine; needs a GPU to build, else a finishing script",
+            "int8",
+            (8,),
+            True,
+            False,
         ),
     )
 }

@@ -50,7 +50,7 @@ IMPORT_RULES = (
     ImportRule("dmqexport", ""),
     ImportRule(CONTRACTS, f"numpy safetensors {CONTRACTS}"),
     # The stages: calibration knows torch and not ONNX, the graph passes ONNX and not torch, the engines neither.
-    ImportRule("calib calib.*", f"torch numpy safetensors calib.* {CONTRACTS}"),
+    ImportRule("calib calib.*", f"torch numpy scipy safetensors calib.* {CONTRACTS}"),
     ImportRule("passes passes.*", f"onnx_ir numpy ml_dtypes passes.* {CONTRACTS}"),
     # One file that also runs where nothing of dmqexport is installed.
     ImportRule("engines.trt_standalone", "", in_functions="tensorrt tensorrt_rtx"),

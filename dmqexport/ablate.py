@@ -30,8 +30,8 @@ METRICS: Final[Mapping[str, tuple[str, int, bool]]] = {
     "eps_sqnr_db": ("eps SQNR (dB)", 2, True),
     "image_psnr_db": ("image PSNR (dB)", 2, True),
     "image_ssim": ("SSIM", 4, True),
-    "frechet_train": ("Fréchet to training set", 4, False),
-    "frechet_float": ("Fréchet to float", 4, False),
+    "frechet_train": ("Fréchet, training set", 4, False),
+    "frechet_float": ("Fréchet, float", 4, False),
     "retrieval_accuracy": ("retrieval", 3, True),
 }
 #: What the float side depends on, beside the code.

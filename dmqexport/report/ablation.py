@@ -14,6 +14,7 @@ from dmqexport.report import wording
 from dmqexport.report.html import page_environment, policy_hash, resource, write_whole
 
 _EXTRA_STYLE = (
+    "main,header,nav,footer{max-width:1400px}thead th{white-space:normal}"
     ".stripe{display:block;width:100%;max-width:760px;height:auto;image-rendering:pixelated;border-radius:3px}"
     "td.best{font-weight:700}tr.group th{background:var(--band);text-align:left}td small{color:var(--soft)}"
     ".who{margin:14px 0 4px;display:flex;justify-content:space-between;gap:8px;max-width:760px}"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor | int) -> Tensor:
         # Few passes over memory: training is bound by them, not by arithmetic.
         steps = values / scale
         codes = steps.round()
@@ -31,12 +31,12 @@ class _FakeQuantize(torch.autograd.Function):
         return passed if ctx.needs_input_grad[0] else None, to_scale, to_zero, None
 
 
-def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor | int) -> Tensor:
     """scale * clip(round_half_even(values / scale), -zero_point, levels - zero_point).
 
     values: float32, any shape; scale > 0 and zero_point (an integer, or an integer reached through
-    `straight_through_round`) broadcast to it; levels = 2**bits - 1. Gradients: straight-through inside the range for
-    values, LSQ's for the scale (arXiv:1902.08153, Eq. 3), LSQ+'s for the zero_point (arXiv:2004.09576, Eq. 4).
+    `straight_through_round`) broadcast to it, as may levels = 2**bits - 1. Gradients: straight-through inside the
+    range for values, LSQ's for the scale (arXiv:1902.08153, Eq. 3), LSQ+'s for the zero_point (arXiv:2004.09576, Eq. 4).
     """
     result: Tensor = _FakeQuantize.apply(values, scale, zero_point, levels)  # type: ignore[no-untyped-call]
     return result

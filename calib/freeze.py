@@ -1,9 +1,10 @@
 """From statistics and bits to the QuantPlan and its integer weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from dmqexport.quant_plan import (
 )
 from dmqexport.quant_types import (
     MAX_BITS,
+    MIN_BITS,
     ActivationQuant,
     BitWidths,
     CodeArray,
@@ -41,6 +43,31 @@ class LayerBits:
     reason: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class RowBits:
+    """How the activation bits of timestep rows differ from their layer's.
+
+    offsets: int64 [rows], added to the layer's bits; share: float [rows] of the sampling steps, sum 1.
+    """
+
+    offsets: IntArray
+    share: FloatArray
+
+    def widths(self, bits: int, rows: int) -> IntArray:
+        """Bits of every row, int64 [rows], within what rows may differ in.
+
+        8-bit tensors (they have a form of their own) and tensors that ignore the timestep (one row) do not vary.
+        """
+        if bits == MAX_BITS or rows == 1:
+            return np.full(rows, bits, dtype=np.int64)
+        widths: IntArray = np.clip(bits + self.offsets, MIN_BITS, MAX_BITS - 1)
+        return widths
+
+    def average(self, qparams: ActivationQuant) -> float:
+        """Mean bits of a tensor over the sampling steps."""
+        return float((qparams.widths * self.share).sum()) if qparams.rows > 1 else float(qparams.bits)
+
+
 def freeze(
     denoiser: nn.Module,
     found: ProbeResult,
@@ -55,12 +82,14 @@ def freeze(
     progress: Callable[[int, int], None] | None = None,
     search: RangeMethod = "mse",
     factors: Mapping[str, FloatArray] | None = None,
+    row_bits: RowBits | None = None,
 ) -> QuantPlan:
     """Choose every scale and zero_point as `search` says, write the weight codes to `codes_path`, return the plan.
 
     Readers of the same tensor with the same bits get the same quantizer, so that the graph quantizes it once.
     factors: float32 [channels] by `source#index` (calib/channel_scaling.py); `statistics` must have been observed with
-    the same ones, and the columns of the readers' weights are multiplied by them before they are quantized.
+    the same ones, and the columns of the readers' weights are multiplied by them before they are quantized. row_bits:
+    how rows differ from their layer's bits; None: not at all.
     """
     layers: list[LayerQuant] = []
     float_layers = dict(found.unsupported)
@@ -71,7 +100,7 @@ def freeze(
         if choice.widths is None:
             float_layers[info.name] = choice.reason
             continue
-        layers.append(_freeze_layer(denoiser, info, choice, statistics, ranges, codes, search, factors or {}))
+        layers.append(_freeze_layer(denoiser, info, choice, statistics, ranges, codes, search, factors or {}, row_bits))
         if progress is not None:
             progress(position + 1, len(found.layers))
     attentions: list[AttentionQuant] = []
@@ -91,9 +120,39 @@ def freeze(
         layers=tuple(layers),
         attentions=tuple(attentions),
         float_layers=float_layers,
-        allocation=_allocation(layers, found, requested),
+        allocation=_allocation(layers, found, requested, row_bits),
         folds=folds,
     )
+
+
+def with_row_bits(
+    plan: QuantPlan,
+    found: ProbeResult,
+    statistics: Mapping[str, ActivationStatistics],
+    row_bits: RowBits,
+    search: RangeMethod = "mse",
+) -> QuantPlan:
+    """The plan with the activation tables of its layers searched anew for rows of other bits; weights stay.
+
+    The plan must have been frozen from the same `statistics`, with the same bits in every row.
+    """
+    infos = {info.name: info for info in found.layers}
+    done: dict[tuple[str, int, int], ActivationQuant] = {}
+
+    def again(layer: LayerQuant, index: int, segment: Segment) -> Segment:
+        if segment.activation is None:
+            return segment
+        key = (infos[layer.name].source, index, segment.activation.bits)
+        if key not in done:
+            observed, factor = statistics[f"{key[0]}#{index}"], segment.activation.channel_factor
+            done[key] = _activation(observed, segment.activation.bits, search, factor, row_bits)
+        return replace(segment, activation=done[key])
+
+    layers = tuple(
+        replace(layer, segments=tuple(again(layer, index, part) for index, part in enumerate(layer.segments)))
+        for layer in plan.layers
+    )
+    return replace(plan, layers=layers)
 
 
 def _freeze_layer(
@@ -105,6 +164,7 @@ def _freeze_layer(
     codes: dict[str, CodeArray],
     search: RangeMethod,
     factors: Mapping[str, FloatArray],
+    row_bits: RowBits | None,
 ) -> LayerQuant:
     assert choice.widths is not None
     weight = denoiser.get_submodule(info.name).get_parameter("weight").detach()
@@ -118,7 +178,7 @@ def _freeze_layer(
         if choice.widths.activation is not None:
             key = (info.source, index, choice.widths.activation)
             if key not in ranges:
-                ranges[key] = _activation(observed, choice.widths.activation, search, factor)
+                ranges[key] = _activation(observed, choice.widths.activation, search, factor, row_bits)
             activation = ranges[key]
             part = part if factor is None else scaled_columns(part, torch.from_numpy(factor.copy()))
         elif factor is not None:  # a weight-only reader has no table to put a factor in: it reads the tensor as it is
@@ -130,17 +190,29 @@ def _freeze_layer(
 
 
 def _activation(
-    observed: ActivationStatistics, bits: int, search: RangeMethod, factor: FloatArray | None
+    observed: ActivationStatistics,
+    bits: int,
+    search: RangeMethod,
+    factor: FloatArray | None,
+    row_bits: RowBits | None,
 ) -> ActivationQuant:
-    found = search_activation(observed.values, observed.weights, observed.low, observed.high, bits, search)
-    scale, zero_point = found.scale.clone(), found.zero_point.clone()
+    rows = len(observed.low)
+    widths = np.full(rows, bits, dtype=np.int64) if row_bits is None else row_bits.widths(bits, rows)
+    scale, zero_point = torch.zeros(len(widths)), torch.zeros(len(widths), dtype=torch.int64)
+    for width in np.unique(widths):
+        own = torch.from_numpy(np.flatnonzero(widths == width))
+        found = search_activation(
+            observed.values[own], observed.weights[own], observed.low[own], observed.high[own], int(width), search
+        )
+        scale[own], zero_point[own] = found.scale, found.zero_point
     dead = observed.high <= observed.low
     if bool(dead.any()) and not bool(dead.all()):
         # A row that saw only one value has no range; it takes the widest live one, which can hold whatever comes and
         # does not drag the tables' common scale to nothing.
-        widest = torch.where(dead, torch.zeros_like(scale), scale).argmax()
+        widest = int(torch.where(dead, torch.zeros_like(scale), scale).argmax())
         scale[dead], zero_point[dead] = scale[widest], zero_point[widest]
-    return ActivationQuant.from_rows(bits, scale.numpy(), zero_point.numpy(), factor)
+        widths[dead.numpy()] = widths[widest]
+    return ActivationQuant.from_rows(widths, scale.numpy(), zero_point.numpy(), factor)
 
 
 def _weight(part: Tensor, second_moment: Tensor, bits: int, op: LayerOp, search: RangeMethod) -> WeightQuant:
@@ -169,11 +241,16 @@ def _freeze_attention(
     return AttentionQuant(name, **operands)
 
 
-def _allocation(layers: list[LayerQuant], found: ProbeResult, requested: str) -> Allocation:
+def _allocation(layers: list[LayerQuant], found: ProbeResult, requested: str, row_bits: RowBits | None) -> Allocation:
     macs = {info.name: info.macs for info in found.layers}
     parameters = sum(layer.parameters for layer in layers)
     average = sum(layer.weight_bits * layer.parameters for layer in layers) / max(parameters, 1)
-    quantized = [(layer.activation_bits, macs[layer.name]) for layer in layers if layer.activation_bits is not None]
+    quantized = []
+    for layer in layers:
+        qparams = layer.segments[0].activation
+        if qparams is not None:
+            bits = float(qparams.bits) if row_bits is None else row_bits.average(qparams)
+            quantized.append((bits, macs[layer.name]))
     total = sum(weight for _, weight in quantized)
     activation = sum(width * weight for width, weight in quantized) / total if total else None
     return Allocation(

@@ -125,8 +125,10 @@ class Tables(nn.Module):
         zero_point = torch.from_numpy(plan.zero_point.copy())
         if not _centered(plan):
             moved = (zero_point + self.rows_of(index, "zero_point")).round()
-            zero_point = moved.clamp(0, 2**plan.bits - 1).to(torch.int64)
-        found = ActivationQuant.from_rows(plan.bits, scale.numpy(), zero_point.numpy())
+            zero_point = torch.minimum(moved.clamp_min(0), 2 ** torch.from_numpy(plan.widths.copy()) - 1).to(
+                torch.int64
+            )
+        found = ActivationQuant.from_rows(plan.widths, scale.numpy(), zero_point.numpy())
         return replace(found, channel_factor=plan.channel_factor)
 
 
@@ -139,15 +141,17 @@ class TrainableActivation(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    levels: Tensor
 
     def __init__(self, name: str, plan: ActivationQuant, tables: Tables) -> None:
         super().__init__()
-        self.name, self.plan, self.levels = name, plan, 2**plan.bits - 1
+        self.name, self.plan = name, plan
         self.centered = _centered(plan)
         self.index = tables.add(plan)
         self._tables = [tables]  # in a list: not a child, or every quantizer would own all tables
         self.register_buffer("scale", torch.from_numpy(plan.scale.copy()), persistent=False)
         self.register_buffer("zero_point", torch.from_numpy(plan.zero_point.copy()).float(), persistent=False)
+        self.register_buffer("levels", 2.0 ** torch.from_numpy(plan.widths.copy()) - 1, persistent=False)
         self._last: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -163,8 +167,7 @@ class TrainableActivation(nn.Module):
         if self.plan.channel_factor is not None:
             factor = torch.from_numpy(self.plan.channel_factor.copy())
             values = values / (factor.reshape(-1, 1, 1) if values.ndim == 4 else factor)
-        scale, zero_point = self.qparams(tensor)
-        result = fake_quantize(values, scale, zero_point, self.levels)
+        result = fake_quantize(values, *self.qparams(tensor))
         self._last = (tensor, result)
         return result
 
@@ -173,8 +176,8 @@ class TrainableActivation(nn.Module):
         if self._last is not None:  # setting an attribute of a module is slow, and most have nothing to drop
             self._last = None
 
-    def qparams(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """scale and integer zero_point, broadcastable over `like` [batch, ...]."""
+    def qparams(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """scale, integer zero_point and 2**bits - 1, broadcastable over `like` [batch, ...]."""
         rows = self.tables.context.rows
         varies = self.plan.rows > 1
         if varies and rows.shape[0] != like.shape[0]:
@@ -182,10 +185,11 @@ class TrainableActivation(nn.Module):
         shape = (-1, *([1] * (like.ndim - 1))) if varies else ()
         scale = (self.scale[rows] if varies else self.scale[0]) * self.tables.column(self.index, "scale").exp()
         zero_point = self.zero_point[rows] if varies else self.zero_point[0]
+        levels = self.levels[rows] if varies else self.levels[0]
         if not self.centered:
             moved = zero_point + self.tables.column(self.index, "zero_point")
-            zero_point = straight_through_round(moved.clamp(0, self.levels))
-        return scale.reshape(shape), zero_point.reshape(shape)
+            zero_point = straight_through_round(torch.minimum(moved.clamp_min(0), levels))
+        return scale.reshape(shape), zero_point.reshape(shape), levels.reshape(shape)
 
 
 class TrainableLayer(nn.Module):

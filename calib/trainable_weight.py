@@ -68,7 +68,7 @@ class TrainableWeight(nn.Module):
         self.variable = nn.Parameter(-torch.log(_STRETCH / (share + _SHIFT) - 1))
 
     def groups(self, weights: float, rounding: float, adapter: float) -> list[ParameterGroup]:
-        """What the mode trains, with learning rates in units of a 4-bit scale over its range (EfficientDM, Sec. 3.3)."""
+        """What the mode trains, with learning rates in units of a 4-bit scale over its range (EfficientDM)."""
         unit = self.levels / 15
         if self.mode == "full":
             return [ParameterGroup([self.latent], weights * unit)]

@@ -16,7 +16,7 @@ import dmqexport
 from calib.bit_allocation import uniform
 from calib.channel_scaling import ChannelScaling, ScalingSettings, choose_scaling
 from calib.equalize import apply_folds, fold_sites
-from calib.freeze import LayerBits, freeze
+from calib.freeze import LayerBits, RowBits, freeze
 from calib.observer import Observer, load_statistics, save_statistics
 from calib.probe import LayerInfo, ProbeResult, probe
 from calib.sampling import TIMESTEP, CalibrationSet
@@ -45,7 +45,9 @@ STAGE_VERSIONS = {
     "statistics": 1,
     "plan": 2,
     "training-set": 1,
-    "step-weights": 1,
+    "draft": 1,
+    "step-errors": 1,
+    "row-bits": 1,
     "blocks": 1,
     "network": 1,
     "export": 1,
@@ -138,6 +140,11 @@ class Calibration:
 
     # calibrate
 
+    @property
+    def calibration_seed(self) -> int:
+        """Seed of the first calibration trajectory; the others follow."""
+        return _CALIBRATION_SEED + self.recipe.seed * 100_003
+
     @cached_property
     def trajectories(self) -> StageRecord:
         """Float trajectories: `calibration.safetensors`."""
@@ -153,7 +160,7 @@ class Calibration:
             result = sample_images(
                 self.model,
                 list(self.calibration_prompts) or None,
-                [_CALIBRATION_SEED + recipe.seed * 100_003 + index for index in range(recipe.calibration.size)],
+                [self.calibration_seed + index for index in range(recipe.calibration.size)],
                 steps=self.steps,
                 guidance=self.guidance,
                 batch_size=recipe.calibration.batch_size,
@@ -338,25 +345,12 @@ class Calibration:
             "layers": {name: str(item) for name, item in self.layer_bits.items()},
             "allocation": self.allocation_fingerprint,
             "quantization": quantization.model_dump(mode="json"),
+            "row_bits": None if self.row_bits is None else self.row_bits.offsets.tolist(),
         }
 
         def build(folder: Path) -> None:
             reporter = self.workspace.reporter
-            plan = freeze(
-                self.model.denoiser,
-                self.probe_result,
-                self.layer_bits,
-                load_statistics(self.calibrated.path / "statistics.safetensors"),
-                self.row_map,
-                quantization.attention_bits,
-                self.model.fingerprint,
-                recipe.bits,
-                folder / WEIGHT_CODES,
-                self.folds,
-                reporter.progress,
-                quantization.range,
-                factors=self.scaling.factors,
-            )
+            plan = self.frozen(folder, self.row_bits)
             if quantization.rounding == "second-order":
                 plan, codes = refine_weights(
                     self.model.denoiser,
@@ -372,6 +366,31 @@ class Calibration:
             replace(plan, scaling=self.scaling.record, allocation=self.allocation_of(plan)).save(folder)
 
         return self.workspace.stage("plan", key, build)
+
+    @property
+    def row_bits(self) -> RowBits | None:
+        """How the activation bits of timestep rows differ from their layer's; None: not at all."""
+        return None
+
+    def frozen(self, folder: Path, row_bits: RowBits | None) -> QuantPlan:
+        """The plan with every range searched and weights rounded to the nearest code; writes the codes to `folder`."""
+        quantization = self.recipe.quantization
+        return freeze(
+            self.model.denoiser,
+            self.probe_result,
+            self.layer_bits,
+            load_statistics(self.calibrated.path / "statistics.safetensors"),
+            self.row_map,
+            quantization.attention_bits,
+            self.model.fingerprint,
+            self.recipe.bits,
+            folder / WEIGHT_CODES,
+            self.folds,
+            self.workspace.reporter.progress,
+            quantization.range,
+            factors=self.scaling.factors,
+            row_bits=row_bits,
+        )
 
     @property
     def trained_plan(self) -> StageRecord:

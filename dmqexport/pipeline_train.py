@@ -17,19 +17,17 @@ from calib.sampling import CalibrationSet
 from calib.trainable import Rates, TrainableModel, TrainOptions, trainable
 from dmqexport.errors import RecipeError
 from dmqexport.models.sampling import sample_images
-from dmqexport.pipeline_allocate import Allocating
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.pipeline_rows import RowAllocating
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
 from dmqexport.recipe_training import RatesRecipe
-from dmqexport.step_weights import measure_step_weights
 from dmqexport.workspace import StageRecord
 
 _TRAINING_SEED = 2_000_000  # far from those of calibration and of evaluation
-_WEIGHED_PICTURES = 16
 _STATE = "state.safetensors"
 
 
-class Training(Allocating):
+class Training(RowAllocating):
     """Calibration, and what is trained on top of its plan."""
 
     @cached_property
@@ -73,26 +71,9 @@ class Training(Allocating):
     @cached_property
     def step_weights(self) -> Tensor:
         """float32 [steps]: how much each sampling step's error counts, mean 1."""
-        recipe = self.recipe
-        if recipe.training.network.step_weights == "equal":
+        if self.recipe.training.network.step_weights == "equal":
             return torch.ones(self.steps)
-        prompts = self.prompts_for(_WEIGHED_PICTURES)
-        key = {**self.base_key("step-weights"), "prompts": prompts, "seed": recipe.seed}
-
-        def build(folder: Path) -> None:
-            weights = measure_step_weights(
-                self.model,
-                prompts or None,
-                [_TRAINING_SEED + recipe.seed * 100_003 + index for index in range(_WEIGHED_PICTURES)],
-                steps=self.steps,
-                guidance=self.guidance,
-                batch_size=_WEIGHED_PICTURES,
-                progress=self.workspace.reporter.progress,
-            )
-            (folder / "step_weights.json").write_text(json.dumps(weights), encoding="utf-8")
-
-        record = self.workspace.stage("step-weights", key, build)
-        return torch.tensor(json.loads((record.path / "step_weights.json").read_text(encoding="utf-8")))
+        return torch.tensor(self.step_errors.weights)
 
     @property
     def trained_plan(self) -> StageRecord:

@@ -73,6 +73,11 @@ class QuantizationRecipe(Section):
         default="second-order", description="second-order: refit to quantized inputs, then compensate rounding (GPTQ)"
     )
 
+    row_bits: Literal["even", "measured"] = Field(
+        default="even",
+        description="measured: timestep rows whose error shows in the picture get more activation bits, others fewer",
+    )
+
     @field_validator("overrides")
     @classmethod
     def _widths(cls, value: dict[str, str]) -> dict[str, str]:

@@ -1,75 +1,101 @@
-"""How much each sampling step's error counts in the finished picture, measured on the float model.
+"""What each sampling step's quantization error does to the finished picture, measured with the error itself.
 
-Distillation with equal weights spends most of its effort where the predicted noise is hardest, not where the picture
-suffers. Here every step in turn gets the same small disturbance of its predicted noise; what that does to the pictures
-is the step's weight. On the bundled model the last step but one weighs nine times the mean.
+An error of the predicted noise counts differently at every step, and real quantization errors otherwise than white
+noise: they repeat from step to step and from picture to picture. So every step in turn is answered by the quantized
+model, all others by the float model; the pictures tell the rest. On the bundled model, the last step but one does
+more harm than all others together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from calib.probe import removing
+from calib.quantizer import simulate
 from dmqexport.errors import CalibrationError
 from dmqexport.models.loading import LoadedModel
 from dmqexport.models.sampling import sample_images
+from dmqexport.quant_plan import QuantPlan, QuantWeights
 
-_DISTURBANCE = 0.15  # of the predicted noise's own size: what 4-bit quantization does to it
 _ROUNDING = 1 / 12  # variance of rounding to the 8 bits of a picture: an error below that is not seen at all
 
 
-def measure_step_weights(
+@dataclass(frozen=True)
+class StepErrors:
+    """pictures: mean squared error of the pictures (0 to 255) with only that step quantized, [steps]; noise: that of
+    the predicted noise, guided where the model is, [steps]."""
+
+    pictures: list[float]
+    noise: list[float]
+
+    @property
+    def weights(self) -> list[float]:
+        """How much an error of the predicted noise counts at each step, mean 1."""
+        ratios = [picture / max(noise, 1e-12) for picture, noise in zip(self.pictures, self.noise, strict=True)]
+        mean = sum(ratios) / len(ratios)
+        return [ratio / mean for ratio in ratios]
+
+
+def measure_step_errors(
     loaded: LoadedModel,
+    plan: QuantPlan,
+    codes: QuantWeights,
     prompts: Sequence[str] | None,
     seeds: Sequence[int],
     *,
     steps: int,
     guidance: float,
-    batch_size: int,
     progress: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """Mean squared error of the pictures for equal disturbances of each step, divided by its mean over steps.
+) -> StepErrors:
+    """Sample the pictures of `seeds` as one batch, once in float and once for each of `steps` quantized steps.
 
-    Both guidance halves get the same disturbance, so that the guided combination gets exactly it. Returns `steps`
-    values of mean 1. Raises CalibrationError when the sampler calls the denoiser another number of times.
+    Raises CalibrationError when the sampler calls the denoiser another number of times than `steps`.
     """
-    calls, disturbed = 0, -1
+    state = {"calls": 0, "quantized": -1, "inside": 0}
+    noise: list[float] = []
 
-    def disturb(module: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal calls
-        current, calls = calls % steps, calls + 1
-        if current != disturbed:
+    def replace(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        if state["inside"]:
             return output
-        predicted: Tensor = output[0]
-        halves = max(1, len(predicted) // max(1, batch))
-        generator = torch.Generator().manual_seed(current)
-        noise = torch.randn(predicted[: len(predicted) // halves].shape, generator=generator)
-        return (predicted + _DISTURBANCE * predicted.std() * noise.repeat(halves, *[1] * (noise.ndim - 1)), *output[1:])
+        current, state["calls"] = state["calls"], state["calls"] + 1
+        if current != state["quantized"]:
+            return output
+        state["inside"] = 1
+        try:
+            with simulate(module, plan, codes):
+                answer = module(*args, **kwargs)
+        finally:
+            state["inside"] = 0
+        noise.append(_guided_error(answer[0] - output[0], len(seeds), guidance))
+        return answer
 
-    batch = min(batch_size, len(seeds))
-    seeds = seeds[: len(seeds) - len(seeds) % batch]  # whole batches: a call is told by its number
-
-    def sample() -> np.ndarray[Any, Any]:
-        nonlocal calls
-        calls = 0
-        texts = None if prompts is None else list(prompts[: len(seeds)])
-        images = sample_images(loaded, texts, seeds, steps=steps, guidance=guidance, batch_size=batch).images
-        if calls != steps * (len(seeds) // batch):
+    def sample(quantized: int) -> np.ndarray[Any, Any]:
+        state.update(calls=0, quantized=quantized)
+        texts = None if prompts is None else list(prompts)
+        result = sample_images(loaded, texts, seeds, steps=steps, guidance=guidance, batch_size=len(seeds))
+        if state["calls"] != steps:
             raise CalibrationError(
-                f"the sampler called its denoiser {calls} times for {len(seeds) // batch} batches of {steps} steps",
-                hint="multi-step samplers cannot be weighed: --set training.network.step_weights=equal",
+                f"the sampler called its denoiser {state['calls']} times in {steps} steps",
+                hint="multi-step samplers cannot be weighed: --set training.network.step_weights=equal"
+                " --set quantization.row_bits=even",
             )
-        return images.astype(np.float64)
+        return result.images.astype(np.float64)
 
-    weights = []
-    with removing([loaded.denoiser.register_forward_hook(disturb)]):
-        reference = sample()
-        for disturbed in range(steps):
-            weights.append(float(((sample() - reference) ** 2).mean()) + _ROUNDING)
+    pictures = []
+    with removing([loaded.denoiser.register_forward_hook(replace, with_kwargs=True)]):
+        reference = sample(-1)
+        for step in range(steps):
+            pictures.append(float(((sample(step) - reference) ** 2).mean()) + _ROUNDING)
             if progress is not None:
-                progress(disturbed + 1, steps)
-    mean = sum(weights) / len(weights)
-    return [weight / mean for weight in weights]
+                progress(step + 1, steps)
+    return StepErrors(pictures, noise)
+
+
+def _guided_error(error: Tensor, pictures: int, guidance: float) -> float:
+    if len(error) == 2 * pictures:
+        unconditional, conditional = error.chunk(2)
+        error = unconditional + guidance * (conditional - unconditional)
+    return float(error.square().mean())

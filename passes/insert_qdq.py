@@ -185,7 +185,7 @@ class _Insertion:
         factor = None if qparams.channel_factor is None else (axis % rank, qparams.channel_factor.tobytes())
         key = (
             source, rank, factor, qparams.bits, qparams.scale_ref, qparams.scale.tobytes(),
-            qparams.zero_point.tobytes(),
+            qparams.zero_point.tobytes(), qparams.widths.tobytes(),
         )  # fmt: skip
         if key in self._done:
             return self._done[key]

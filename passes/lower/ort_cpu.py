@@ -294,7 +294,8 @@ class _Lowering:
 def may_saturate(codes: CodeArray, activation: ActivationQuant) -> bool:
     """Whether two adjacent u8 × s8 products could pass 16 bits for these weight codes."""
     offset = unsigned_offset(activation)
-    largest = 255 if activation.bits == MAX_BITS else offset + 2**activation.bits - 1 - int(activation.zero_point.min())
+    highest = 2**activation.widths - 1 - activation.zero_point
+    largest = 255 if activation.bits == MAX_BITS else offset + int(highest.max())
     return 2 * largest * int(np.abs(codes.astype(np.int64)).max(initial=0)) > _PAIR_LIMIT
 
 

@@ -1,0 +1,135 @@
+"""The bits of timestep rows: what each sampling step's quantization error does to pictures, and the bits it earns."""
+
+import json
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from calib.freeze import RowBits, with_row_bits
+from calib.network_distill import guidance_pairs, teacher_outputs
+from calib.observer import load_statistics
+from calib.quantizer import simulate
+from calib.row_allocation import allocate_rows
+from calib.sampling import CalibrationSet
+from dmqexport.pipeline_allocate import Allocating
+from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
+from dmqexport.step_weights import StepErrors, measure_step_errors
+from dmqexport.workspace import StageRecord
+
+_PICTURES = 16
+_ENTRIES = 16  # trajectories that the error at other widths is measured on
+_OFFSETS = (-2, -1, 0, 1, 2, 3)
+
+
+class RowAllocating(Allocating):
+    """Calibration that can give timestep rows bits of their own."""
+
+    @cached_property
+    def drafted(self) -> StageRecord:
+        """A plan with even rows and nearest rounding: good enough to tell where errors come from."""
+        quantization = self.recipe.quantization
+        key = {
+            "version": STAGE_VERSIONS["draft"],
+            "statistics": self.calibrated.fingerprint,
+            "layers": {name: str(item) for name, item in self.layer_bits.items()},
+            "attention": quantization.attention_bits,
+            "range": quantization.range,
+        }
+        return self.workspace.stage("draft", key, lambda folder: self.frozen(folder, None).save(folder))
+
+    @cached_property
+    def step_errors(self) -> StepErrors:
+        """What each step's error does to the pictures, from the draft."""
+        prompts = self.prompts_for(_PICTURES)
+        key = {
+            **self.base_key("step-errors"),
+            "draft": self.drafted.fingerprint,
+            "prompts": prompts,
+            "seed": self.recipe.seed,
+        }
+
+        def build(folder: Path) -> None:
+            found = measure_step_errors(
+                self.model,
+                QuantPlan.load(self.drafted.path),
+                QuantWeights(self.drafted.path / WEIGHT_CODES),
+                prompts or None,
+                [self.calibration_seed + index for index in range(_PICTURES)],
+                steps=self.steps,
+                guidance=self.guidance,
+                progress=self.workspace.reporter.progress,
+            )
+            (folder / "step_errors.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
+
+        record = self.workspace.stage("step-errors", key, build)
+        return StepErrors(**json.loads((record.path / "step_errors.json").read_text(encoding="utf-8")))
+
+    @cached_property
+    def row_bits(self) -> RowBits | None:
+        """How the activation bits of rows differ from their layer's; None: not at all."""
+        if self.recipe.quantization.row_bits == "even" or self.recipe.widths.activation is None:
+            return None
+        weights = np.asarray(self.step_errors.weights)
+        key = {
+            "version": STAGE_VERSIONS["row-bits"],
+            "draft": self.drafted.fingerprint,
+            "statistics": self.calibrated.fingerprint,
+            "weights": weights.tolist(),
+            "rows": self.row_map.tolist(),
+        }
+
+        def build(folder: Path) -> None:
+            step_rows = self.row_map[self._step_timesteps]
+            errors = self._errors_by_offset()
+            found = allocate_rows(errors, weights, step_rows.tolist())
+            document = {
+                "offsets": found.row_bits.offsets.tolist(),
+                "share": found.row_bits.share.tolist(),
+                "predicted": found.predicted,
+                "predicted_even": found.predicted_even,
+                "errors": {str(offset): values.tolist() for offset, values in errors.items()},
+            }
+            (folder / "row_bits.json").write_text(json.dumps(document), encoding="utf-8")
+
+        record = self.workspace.stage("row-bits", key, build)
+        document = json.loads((record.path / "row_bits.json").read_text(encoding="utf-8"))
+        offsets, share = np.asarray(document["offsets"], dtype=np.int64), np.asarray(document["share"], np.float32)
+        return RowBits(offsets, share)
+
+    @property
+    def _step_timesteps(self) -> np.ndarray[Any, Any]:
+        """The timestep of every sampling step, int64 [steps]."""
+        data = self.calibration_set
+        return np.asarray([int(data.timesteps[data.step == step][0]) for step in range(int(data.step.max()) + 1)])
+
+    def _errors_by_offset(self) -> dict[int, np.ndarray[Any, Any]]:
+        """Offset → mean squared error of the (guided) predicted noise at every step."""
+        data = self.calibration_set
+        pairs = guidance_pairs(data)
+        pairs = pairs[data.trajectory[pairs[:, 0]] < _ENTRIES]
+        index = pairs.flatten()
+        chosen = CalibrationSet(data.select(index), data.trajectory[index], data.step[index])
+        size = self.recipe.calibration.batch_size
+        exact = teacher_outputs(chosen, self._denoise, size)
+        draft, codes = QuantPlan.load(self.drafted.path), QuantWeights(self.drafted.path / WEIGHT_CODES)
+        statistics = load_statistics(self.calibrated.path / "statistics.safetensors")
+        rows = int(self.row_map.max()) + 1
+        found = {}
+        for number, offset in enumerate(_OFFSETS):
+            even = RowBits(np.full(rows, offset, dtype=np.int64), np.full(rows, 1 / rows, dtype=np.float32))
+            plan = with_row_bits(draft, self.probe_result, statistics, even, self.recipe.quantization.range)
+            with simulate(self.model.denoiser, plan, codes):
+                error = teacher_outputs(chosen, self._denoise, size) - exact
+            error = error.reshape(*pairs.shape, *error.shape[1:])
+            guided = error[:, 0] + self.guidance * (error[:, 1] - error[:, 0]) if pairs.shape[1] == 2 else error[:, 0]
+            power = guided.square().flatten(1).mean(dim=1).double()
+            step = data.step[pairs[:, 0]]
+            sums = torch.zeros(int(step.max()) + 1, dtype=torch.float64).index_add_(0, step, power)
+            found[offset] = (sums / torch.bincount(step)).numpy()
+            self.workspace.reporter.progress(number + 1, len(_OFFSETS))
+        return found

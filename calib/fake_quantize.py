@@ -36,7 +36,8 @@ def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, levels: Ten
 
     values: float32, any shape; scale > 0 and zero_point (an integer, or an integer reached through
     `straight_through_round`) broadcast to it, as may levels = 2**bits - 1. Gradients: straight-through inside the
-    range for values, LSQ's for the scale (arXiv:1902.08153, Eq. 3), LSQ+'s for the zero_point (arXiv:2004.09576, Eq. 4).
+    range for values, LSQ's for the scale (arXiv:1902.08153, Eq. 3), LSQ+'s for the zero_point (arXiv:2004.09576,
+    Eq. 4).
     """
     result: Tensor = _FakeQuantize.apply(values, scale, zero_point, levels)  # type: ignore[no-untyped-call]
     return result

@@ -45,9 +45,8 @@ _SMALLEST = 1e-4  # dead channels neither blow up nor vanish
 _VECTORS = 768
 _MERGE_MUST_GAIN = 0.97  # a wide table costs memory and a fused product; float rounding alone must not choose it
 _AWQ_SHARE, _DGQ_SHARE = 0.01, 0.005  # of the channels, as DilateQuant's Appendix G sets both
-_STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75)
-_CAPS = (1.5, 2.0, 4.0)
-_THRESHOLDS = (1.0, 0.8, 0.6, 0.45, 0.3)
+_STRENGTHS = (0.25, 0.4, 0.55, 0.7)
+_THRESHOLDS = (1.0, 0.6, 0.3)
 _SHRINKS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.64, 0.56, 0.48, 0.4, 0.3, 0.2)
 _LEARNING_STEPS, _LEARNING_RATE, _LEARNING_REFRESH = 60, 0.02, 10
 
@@ -55,12 +54,15 @@ _LEARNING_STEPS, _LEARNING_RATE, _LEARNING_REFRESH = 60, 0.02, 10
 @dataclass(frozen=True)
 class ScalingSettings:
     """method: how factors are proposed. merge: where they cannot be folded, whether they enter the timestep table.
-    strength: SmoothQuant's alpha, the activation's share. cap: largest factor of capped-dilation."""
+    strength: SmoothQuant's alpha, the activation's share. cap: largest factor of capped-dilation. weight_error: what of
+    the weight's rounding error counts when proposals are judged, 1 where weights are rounded to nearest, less where
+    rounding compensates (calib/second_order.py), which leaves the activation's share the larger one."""
 
     method: Method = "auto"
     merge: Merge = "when-better"
     strength: float = 0.5
     cap: float = 2.0
+    weight_error: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,18 @@ def choose_scaling(
     folded: dict[str, FloatArray] = {}
     factors: dict[str, FloatArray] = {}
     entries: dict[str, Any] = {}
-    samples = gather_samples(denoiser, tensors, row_map, calibration, run, batch_size, _VECTORS, seed, progress)
-    for tensor, seen in samples:
+    samples = gather_samples(denoiser, tensors, row_map, calibration, run, batch_size, _VECTORS, seed)
+    for position, (tensor, seen) in enumerate(samples):
+        if progress is not None:
+            progress(position + 1, len(tensors))
         source = tensor.key.rpartition("#")[0]
         foldable = source in sites and sites[source].channels == tensor.channels
         widths = {name: bits[name].widths for name in tensor.readers}
         quantizes = any(item is not None and item.activation is not None for item in widths.values())
         if not foldable and (settings.merge == "never" or not quantizes):
             continue
-        judge = _Judge(denoiser, tensor, seen, {name: item for name, item in widths.items() if item is not None})
+        quantized = {name: item for name, item in widths.items() if item is not None}
+        judge = _Judge(denoiser, tensor, seen, quantized, settings.weight_error)
         label, factor, error = judge.best(settings)
         bound = _MERGE_MUST_GAIN if settings.method == "auto" or settings.merge == "when-better" else float("inf")
         used = label != "none" and (foldable or error <= bound * judge.plain_error)
@@ -147,9 +152,14 @@ class _Judge:
     """Proposes factors for one tensor and measures what they do to its readers' outputs."""
 
     def __init__(
-        self, denoiser: nn.Module, tensor: ScaledTensor, samples: TensorSamples, widths: Mapping[str, BitWidths]
+        self,
+        denoiser: nn.Module,
+        tensor: ScaledTensor,
+        samples: TensorSamples,
+        widths: Mapping[str, BitWidths],
+        weight_error: float,
     ) -> None:
-        self._tensor, self._samples, self._widths = tensor, samples, widths
+        self._tensor, self._samples, self._widths, self._weight_error = tensor, samples, widths, weight_error
         self._weights = {
             name: denoiser.get_submodule(name).get_parameter("weight").detach()[:, tensor.start : tensor.stop].float()
             for name in tensor.readers
@@ -176,7 +186,8 @@ class _Judge:
             key = (self._geometry[name], widths.activation)
             if key not in inputs:
                 inputs[key] = self._quantized_columns(name, factor, widths.activation)
-            rounded = self._quantized_weight(weight, factor, widths.weight)
+            exact = scaled_columns(weight, factor).flatten(1)
+            rounded = exact.lerp(self._quantized_weight(weight, factor, widths.weight), self._weight_error)
             reference = self._outputs[name]
             difference = (inputs[key] @ rounded.T).sub_(reference)
             total += float(difference.square().sum() / reference.square().sum().clamp_min(1e-30))
@@ -205,11 +216,10 @@ class _Judge:
         weights, method = list(self._weights.values()), settings.method
         if method in ("dilation", "auto"):
             yield "dilation", dilation_factors(weights)
-        if method in ("dilation-symmetric", "auto"):
+        if method == "dilation-symmetric":
             yield "dilation-symmetric", dilation_factors(weights, symmetric=True)
         if method in ("capped-dilation", "auto"):
-            for cap in (settings.cap,) if method == "capped-dilation" else _CAPS:
-                yield f"capped-dilation {cap:g}", dilation_factors(weights, cap=cap)
+            yield f"capped-dilation {settings.cap:g}", dilation_factors(weights, cap=settings.cap)
         if method in ("smoothquant", "auto"):
             for strength in (settings.strength,) if method == "smoothquant" else _STRENGTHS:
                 yield f"smoothquant {strength:g}", self._smooth(strength)

@@ -1,5 +1,6 @@
 """What the choice of channel factors is judged on: a few input vectors of every layer, and each channel's extremes."""
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,17 +101,15 @@ def gather_samples(
     batch_size: int,
     vectors: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[ScaledTensor, TensorSamples]]:
     """Yield every tensor with about `vectors` sampled vectors of the float model, taken alike from every entry.
 
     Tensors are gathered in groups, one pass over the calibration set each, so that memory stays bounded.
     """
     each = max(1, -(-vectors // len(calibration)))
-    groups = list(_groups(tensors, each * len(calibration)))
     rows_of = torch.from_numpy(row_map.copy())
-    for number, group in enumerate(groups):
-        collectors = {item.key: _Collector(item, each, seed + index) for index, item in enumerate(group)}
+    for group in _groups(tensors, each * len(calibration)):
+        collectors = {item.key: _Collector(item, each, seed ^ zlib.crc32(item.key.encode())) for item in group}
         rows: list[int] = []
 
         def hook(name: str, items: Sequence[_Collector], rows: list[int] = rows) -> Callable[..., None]:
@@ -128,11 +127,9 @@ def gather_samples(
             for name, items in by_reader.items()
         ]
         with removing(handles), torch.no_grad():
-            for index, batch in calibration.batches(batch_size):
+            for _, batch in calibration.batches(batch_size):
                 rows[:] = rows_of[batch[TIMESTEP].clamp(0, len(rows_of) - 1)].tolist()
                 run(batch)
-                if progress is not None:
-                    progress(number * len(calibration) + int(index[-1]) + 1, len(groups) * len(calibration))
         for item in group:
             yield item, collectors.pop(item.key).result()
 

@@ -422,5 +422,5 @@ def _fake_quantize(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     low = -torch.round(-values.detach().amin(dim=-1, keepdim=True).clamp_max(0.0) / scale.detach()).clamp(0, levels)
     codes = values / scale
     rounded = codes + (torch.round(codes) - codes).detach()
-    clipped = torch.minimum(torch.maximum(rounded, low), low + levels)
-    return clipped * scale
+    values_again: Tensor = torch.minimum(torch.maximum(rounded, low), low + levels) * scale
+    return values_again

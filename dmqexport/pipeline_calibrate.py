@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +57,8 @@ STAGE_VERSIONS = {
     "features": 1,
 }
 _RANGE_ENTRIES = 320  # a range a step is a mean over the entries of that step
-_SCALING_ENTRIES = 512  # channel extremes settle long before quantization ranges do
+_COMPENSATED = 0.5  # about what second-order rounding leaves of a weight's output error
+_SCALING_ENTRIES = 256  # channel extremes settle long before quantization ranges do
 _REFINE_ENTRIES = 1024  # second moments; more changes nothing measurable
 _CALIBRATION_SEED = 1_000_000  # far from the seeds of evaluation pictures
 
@@ -202,13 +203,15 @@ class Calibration:
         if recipe.scaling.method == "none":
             return ChannelScaling()
         row_map, found = self.row_map, self.probe_result
+        compensated = recipe.quantization.rounding == "second-order"
+        settings = ScalingSettings(**recipe.scaling.model_dump(), weight_error=_COMPENSATED if compensated else 1.0)
         key = {
             "version": STAGE_VERSIONS["scaling"],
             "trajectories": self.trajectories.fingerprint,
             "rows": content_key({"row_map": row_map.tolist()}),
             "layers": {name: str(item) for name, item in self.nominal_bits.items()},
             "split_concat": recipe.quantization.split_concat,
-            "scaling": recipe.scaling.model_dump(mode="json"),
+            "scaling": asdict(settings),
             "seed": recipe.seed,
         }
 
@@ -221,7 +224,7 @@ class Calibration:
                 self.calibration_set.subset(_SCALING_ENTRIES, recipe.seed),
                 self._denoise,
                 recipe.calibration.batch_size,
-                ScalingSettings(**recipe.scaling.model_dump()),
+                settings,
                 recipe.seed,
                 self.workspace.reporter.progress,
             ).save(folder)

@@ -41,13 +41,13 @@ def load_methods(path: Path | None = None) -> dict[str, Method]:
     """
     table = SHIPPED if path is None else path
     document = read_mapping(table)
-    common = document.get("common") or {}
-    templates, groups = document.get("templates") or {}, document.get("groups")
-    if not all(isinstance(section, dict) for section in (common, templates, groups)):
+    sections = [document.get(name) or {} for name in ("common", "templates", "groups")]
+    if not all(isinstance(section, dict) for section in sections) or not sections[-1]:
         raise RecipeError(
             f"{table}: expected sections `common` (recipe keys), `templates` (methods) and `groups` (group → methods)",
             hint=f"{SHIPPED} is an example",
         )
+    common, templates, groups = sections
     entries: dict[str, Mapping[str, Any]] = {}
     group_of: dict[str, str | None] = {}
     for group, members in [(None, templates), *groups.items()]:

@@ -39,7 +39,8 @@ CONTRACTS = "dmqexport.errors dmqexport.quant_types dmqexport.quant_plan dmqexpo
 
 # Above the contracts, still no stage and no framework: what a user writes and what lies on disk.
 RECORDS = (
-    f"dmqexport dmqexport.recipe dmqexport.recipe_* dmqexport.recipes dmqexport.bundle dmqexport.workspace {CONTRACTS}"
+    "dmqexport dmqexport.recipe dmqexport.recipe_* dmqexport.recipes dmqexport.byte_size dmqexport.bundle"
+    f" dmqexport.workspace {CONTRACTS}"
 )
 
 ENGINE_VENDORS = "onnxruntime tensorrt tensorrt_rtx polygraphy onnx onnx_graphsurgeon"
@@ -86,6 +87,8 @@ IMPORT_RULES = (
         f"typer rich dmqexport.cli_* {RECORDS}",
         in_functions="dmqexport.* calib.* passes.* engines.*",
     ),
+    # The parent of an ablation's processes: stays small, so that their peak memory is their own.
+    ImportRule("dmqexport.ablate dmqexport.ablation_table", f"yaml dmqexport.ablation_table {RECORDS}"),
     ImportRule("dmqexport.*", f"numpy safetensors pydantic yaml {RECORDS}"),
 )
 

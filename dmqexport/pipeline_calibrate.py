@@ -46,7 +46,7 @@ STAGE_VERSIONS = {
     "plan": 2,
     "training-set": 1,
     "draft": 1,
-    "step-errors": 1,
+    "step-errors": 2,
     "row-bits": 1,
     "blocks": 1,
     "network": 1,

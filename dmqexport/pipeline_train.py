@@ -150,6 +150,7 @@ class Training(RowAllocating):
                     guidance=self.guidance,
                     guided_share=network.guided_share,
                     step_weights=self.step_weights,
+                    coherence=network.coherence,
                     iterations=network.iterations,
                     batch_size=network.batch_size,
                     seed=self.recipe.seed,

@@ -51,6 +51,9 @@ class NetworkTrainingRecipe(Section):
     step_weights: Literal["equal", "measured"] = Field(
         default="measured", description="measured: each sampling step counts by what its error does to the picture"
     )
+    coherence: float = Field(
+        default=10.0, ge=0, description="weight of the error that has one sign in all steps; about half the steps"
+    )
     rates: RatesRecipe = RatesRecipe()
 
 

@@ -175,6 +175,7 @@ def distilled(
 ) -> Tensor:
     distill_network(
         model, data, targets, lambda inputs: denoiser(**inputs), names=None, guidance=3.0, guided_share=0.5,
+        coherence=2.0,
         step_weights=torch.ones(int(data.step.max()) + 1), iterations=iterations, batch_size=8, seed=3, checkpoint=path,
     )  # fmt: skip
     return call(denoiser)
@@ -207,6 +208,7 @@ def test_a_killed_distillation_goes_on_to_the_same_bits(
     with trainable(denoiser, *planned, found, TrainOptions()) as model, pytest.raises(KeyboardInterrupt):
         distill_network(
             model, data, targets, interrupted, names=None, guidance=3.0, guided_share=0.5,
+        coherence=2.0,
             step_weights=torch.ones(10), iterations=9, batch_size=8, seed=3, checkpoint=path,
         )  # fmt: skip
     with trainable(denoiser, *planned, found, TrainOptions()) as model:
@@ -222,6 +224,7 @@ def test_only_the_named_layers_move(
         before = model.state()
         distill_network(
             model, data, targets, lambda inputs: denoiser(**inputs), names=["time"], guidance=1.0, guided_share=0.0,
+            coherence=0.0,
             step_weights=torch.ones(10), iterations=3, batch_size=8, seed=0,
         )  # fmt: skip
         moved = {key.split("|")[0] for key, value in model.state().items() if not torch.equal(value, before[key])}

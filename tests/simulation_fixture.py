@@ -227,7 +227,7 @@ def observe_ranges(exported: Exported, inputs: dict[str, Tensor]) -> None:
 
 
 class PlanSampler:
-    """Draws plans: any bits, any zero_point, rows that are equal, differ in scale, or differ in both."""
+    """Draws plans: any bits, any zero_point, rows that are equal, differ in scale, in both, or in their bits."""
 
     def __init__(self, exported: Exported, seed: int, rows: int) -> None:
         self.exported = exported
@@ -256,6 +256,10 @@ class PlanSampler:
         factor = None
         if channels is not None and self.random.random() < 0.4:
             factor = np.exp(self.random.uniform(-1, 1, channels)).astype(np.float32)
+        widths = np.full(rows, bits)
+        if 3 <= bits < 8 and rows > 1 and not centered and self.random.random() < 0.3:  # rows of bits of their own
+            widths = np.append(self.random.integers(2, bits + 1, rows - 1), bits)
+            return ActivationQuant.from_rows(widths, scale, np.minimum(zero, 2**widths - 1), factor)
         if self.random.random() < 0.1:  # the reference may be any number, not only the mean
             return ActivationQuant(bits, scale, zero, float(scale[0] * self.random.uniform(0.5, 2.0)), factor)
         return ActivationQuant.from_rows(bits, scale, zero, factor)

@@ -197,6 +197,29 @@ def test_impossible_channel_factors_are_refused(factor: list[float]) -> None:
         ActivationQuant(4, [1.0], [1], 1.0, factor)
 
 
+def test_rows_may_differ_in_bits_up_to_7() -> None:
+    qparams = ActivationQuant.from_rows([4, 6, 2], [0.5, 0.1, 1.0], [7, 40, 3])
+    assert (qparams.bits, qparams.widths.tolist()) == (6, [4, 6, 2])
+    constants = qparams.constants()
+    reference = np.float32(qparams.scale_ref)
+    assert np.array_equal(constants.lo, np.float32([-7, -40, -3]) * reference)
+    assert np.array_equal(constants.hi, np.float32([8, 23, 0]) * reference)
+    assert ActivationQuant.from_rows([5, 5], [0.5, 0.5], [3, 3]).row_bits is None
+    assert not ActivationQuant.from_rows([5, 4], [0.5, 0.5], [3, 3]).same_as(
+        ActivationQuant.from_rows(5, [0.5, 0.5], [3, 3])
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "zero", "message"),
+    [([8, 4], [0, 0], "7 at most"), ([4, 1], [0, 0], "from 2 up"), ([4, 2], [0, 9], "zero_point outside")],
+    ids=["8 bits have another form", "too narrow", "zero_point beyond its own row"],
+)
+def test_impossible_row_bits_are_refused(bits: list[int], zero: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ActivationQuant.from_rows(bits, [0.5, 0.5], zero)
+
+
 def test_same_as_sees_every_field() -> None:
     base = ActivationQuant(4, [0.1, 0.2], [3, 4], 0.15)
     assert base.same_as(ActivationQuant(4, [0.1, 0.2], [3, 4], 0.15))

@@ -9,7 +9,7 @@ from calib_fixture import TIMESTEPS, ParallelDenoiser, random_calibration, run_o
 from torch import nn
 
 from calib.bit_allocation import uniform
-from calib.freeze import freeze
+from calib.freeze import RowBits, freeze, with_row_bits
 from calib.observer import ActivationStatistics, Observer
 from calib.probe import ProbeResult, probe
 from calib.timestep_table import equal_groups
@@ -135,3 +135,21 @@ def test_minmax_is_the_wider_and_worse_baseline(calibrated: Calibrated, tmp_path
     assert set(best) <= set(scales)
     assert all(bool(np.all(scales[name].scale >= best[name].scale * 0.95)) for name in best if best[name].bits == 4)
     assert any(bool(np.all(scales[name].scale > best[name].scale * 1.05)) for name in best if best[name].bits == 4)
+
+
+def test_rows_get_the_bits_they_are_given(calibrated: Calibrated, tmp_path: Path) -> None:
+    even = make(calibrated, tmp_path)
+    offsets, share = np.array([3, 0, -1, -2, -9]), np.full(5, 0.2, dtype=np.float32)
+    plan = with_row_bits(even, calibrated[1], calibrated[2], RowBits(offsets, share))
+    widths = {name: activation.widths.tolist() for name, activation in plan.activations()}
+    assert widths["scaled#0"] == [7, 4, 3, 2, 2]
+    assert set(widths["conv#0"]) == {8}  # boundary layers keep their own form
+    assert widths["text#0"] == [4]  # and what ignores the timestep has one row
+    assert widths["joined#0"] == widths["scaled#0"]
+
+    again = with_row_bits(even, calibrated[1], calibrated[2], RowBits(np.zeros(5, dtype=np.int64), share))
+    for (name, left), (_, right) in zip(even.activations(), again.activations(), strict=True):
+        assert left.same_as(right), name
+    plan.save(tmp_path)
+    for (name, left), (_, right) in zip(plan.activations(), QuantPlan.load(tmp_path).activations(), strict=True):
+        assert left.same_as(right), name

@@ -55,7 +55,9 @@ class Bench:
             f"validation.images={min(16, options.pictures)}",
             f"validation.entries={options.eval_size}",
         ]
-        self.judge = Judge(load_recipe(None, {"model": "emoji"}, self.settings), self.work)
+        # Without factors the graph that peers are given is the float model as it was loaded.
+        plain = load_recipe(None, {"model": "emoji"}, [*self.settings, "scaling.method=none"])
+        self.judge = Judge(plain, self.work)
         self.judge.prepare()
         self.build = self.judge.build
         self.batch_size = self.build.recipe.calibration.batch_size

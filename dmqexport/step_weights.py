@@ -33,11 +33,32 @@ class StepErrors:
     noise: list[float]
 
     @property
+    def sensitivity(self) -> list[float]:
+        """Error of the pictures for one unit of squared error of the predicted noise, [steps], mean 1."""
+        return _mean_one(
+            [
+                max(picture - _ROUNDING, 0.1 * _ROUNDING) / noise
+                for picture, noise in zip(self.pictures, self._noise, strict=True)
+            ]
+        )
+
+    @property
     def weights(self) -> list[float]:
-        """How much an error of the predicted noise counts at each step, mean 1."""
-        ratios = [picture / max(noise, 1e-12) for picture, noise in zip(self.pictures, self.noise, strict=True)]
-        mean = sum(ratios) / len(ratios)
-        return [ratio / mean for ratio in ratios]
+        """What a unit of squared error of the predicted noise counts in training, [steps], mean 1.
+
+        Errors of different steps partly add up as amplitudes: all steps but the last two together cost ten times the
+        sum of what each costs alone. The gradient of (Σ √picture)² is therefore taken instead of that of Σ picture.
+        """
+        return _mean_one([picture**0.5 / noise for picture, noise in zip(self.pictures, self._noise, strict=True)])
+
+    @property
+    def _noise(self) -> list[float]:
+        return [max(noise, 1e-12) for noise in self.noise]
+
+
+def _mean_one(values: list[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    return [value / mean for value in values]
 
 
 def measure_step_errors(

@@ -4,6 +4,11 @@ Every method proposes factors; what a proposal does is measured on sampled input
 quantized inputs and weights against float ones, at the planned bits. Where the layer before can take the factor in
 (calib/equalize.py) it costs nothing and is folded; elsewhere it becomes part of the timestep table, by default only if
 the measured output error falls.
+
+Measured on the bundled model at W4A4 with second-order rounding, nothing trained, predicted noise of ten held-out
+trajectories after calibration on 120 entries: no factors 16.33 dB, SmoothQuant at 0.5 where it folds 16.39 and
+everywhere 16.48, the choice tensor by tensor 16.73. Dilation alone, before training and rounded to nearest, costs
+0.24 dB of 15.47: its factors know nothing of the activation, and many go to channels that are small already.
 """
 
 import json

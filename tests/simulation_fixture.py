@@ -303,7 +303,10 @@ class PlanSampler:
                         shared[key] = self.activation(activation_bits, low, high, channels=stop - start)
                     activation = shared[key]
                 segments.append(Segment(start, stop, qparams, activation))
-            layers.append(LayerQuant(info.name, info.op, tuple(segments), weight.size))
+            own = self.exported.denoiser.get_submodule(info.name).bias
+            trained = own is not None and self.random.random() < 0.5
+            bias = own.detach().numpy() + self.random.normal(0, 0.1, own.shape) if trained else None
+            layers.append(LayerQuant(info.name, info.op, tuple(segments), weight.size, bias=bias))
         QuantWeights.save(weights, codes)
         attentions = () if attention_bits is None else tuple(self._attentions(attention_bits))
         return QuantPlan("random", "random", self.row_map, self.rows, tuple(layers), attentions, float_layers)

@@ -150,5 +150,5 @@ def _windows(reference: Tensor) -> _Windows:
 def _local(tensor: Tensor, found: _Windows) -> Tensor:
     """Weighted mean of every window, [entries, channels, windows]."""
     channels = tensor.shape[1]
-    kernel = found.weights.reshape(1, 1, found.size, found.size).repeat(channels, 1, 1, 1)
+    kernel = found.weights.to(tensor.dtype).reshape(1, 1, found.size, found.size).repeat(channels, 1, 1, 1)
     return F.conv2d(tensor, kernel, groups=channels).flatten(2)

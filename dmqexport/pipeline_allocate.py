@@ -306,6 +306,9 @@ class Allocating(Calibration):
     ) -> dict[str, Any]:
         recipe = self.recipe.allocation
         uniform = self._uniform(self.recipe.widths)
+        prepared = {None, *self.candidate_widths}
+        ready = all({pair.weight, pair.activation} <= prepared for pair in uniform.values())
+        compared = self._joint(uniform) if ready else None  # widths that are no candidates have no quantizers
         sizes = {name: self._sizes(choice) for name, choice in (("allocated", solution.choice), ("uniform", uniform))}
         return {
             "method": recipe.method,
@@ -322,7 +325,7 @@ class Allocating(Calibration):
                 "entries": len(self._entries),
                 "measured_with": "all layers quantized at once, rounding to nearest, before any refinement or training",
                 "additivity": rounds,
-                "uniform": {"bits": self.recipe.bits, "measured_distortion": self._joint(uniform), **sizes["uniform"]},
+                "uniform": {"bits": self.recipe.bits, "measured_distortion": compared, **sizes["uniform"]},
                 **sizes["allocated"],
             },
         }
@@ -387,20 +390,10 @@ class Allocating(Calibration):
         return {"nominal_bytes": round(nominal), "stored_bytes": round(stored)}
 
     def _joint(self, choice: Mapping[str, WidthPair]) -> float:
-        self._require(choice)
         return measure_joint(
             self.model.denoiser, self.candidates, choice, self._entries, self._denoise,
             metric_named(self.recipe.allocation.metric), self.recipe.calibration.batch_size,
         )  # fmt: skip
-
-    def _require(self, choice: Mapping[str, WidthPair]) -> None:
-        absent = {bits for pair in choice.values() for bits in (pair.weight, pair.activation)}
-        absent -= {None, *self.candidate_widths}
-        if absent:
-            raise RecipeError(
-                f"allocation: width {sorted(absent, key=str)} is compared with but not among the candidates",
-                hint="add it to allocation.weight_bits and allocation.activation_bits",
-            )
 
     @cached_property
     def _entries(self) -> Any:

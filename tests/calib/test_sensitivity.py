@@ -1,0 +1,168 @@
+"""Sensitivities of a small denoiser: exact ones against whole forwards, sketched ones against exact ones."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from calib_fixture import TIMESTEPS, ParallelDenoiser, random_calibration, run_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from calib.candidates import Candidates, WidthPair
+from calib.joint_distortion import Marginals, measure_joint, measure_marginals
+from calib.metrics import METRICS
+from calib.observer import Observer
+from calib.probe import probe
+from calib.quantizer import simulate
+from calib.sensitivity import Sensitivity, candidate_pairs, measure_exact, rank_correlation
+from calib.sketch import measure_sketch
+from calib.timestep_table import equal_groups
+from dmqexport.errors import CalibrationError
+
+WIDTHS = (2, 4, 8)
+PAIRS = candidate_pairs(WIDTHS, WIDTHS, separated=True)
+METRIC = METRICS["mse"]
+
+
+class Prepared:
+    """A denoiser with its candidates."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.denoiser = ParallelDenoiser()
+        self.entries = random_calibration(16)
+        found = probe(self.denoiser, lambda index: run_on(self.denoiser, self.entries, index))
+        row_map = equal_groups(TIMESTEPS, 4)
+        observer = Observer(found, row_map, 512, 0, False)
+        observer.observe(self.denoiser, self.entries, lambda batch: self.denoiser(**batch), 8)
+        Candidates.build(folder, self.denoiser, found, WIDTHS, observer.statistics_, row_map, "none")
+        self.candidates = Candidates(folder, WIDTHS)
+        self.names = [info.name for info in found.layers]
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        output: Tensor = self.denoiser(**inputs)
+        return output
+
+    def exact(self, journal: Path, batch_size: int = 8) -> Sensitivity:
+        pairs = dict.fromkeys(self.names, PAIRS)
+        return measure_exact(
+            self.denoiser, self.candidates, pairs, self.entries, self.run, METRIC, batch_size, journal
+        )  # fmt: skip
+
+    def sketch(self, journal: Path, probes: int) -> Sensitivity:
+        pairs = dict.fromkeys(self.names, PAIRS)
+        return measure_sketch(
+            self.denoiser, self.candidates, pairs, self.entries, self.run, METRIC, 8, probes, 0, journal
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("candidates"))
+
+
+def test_the_exact_sweep_is_the_mean_over_whole_forwards(prepared: Prepared, tmp_path: Path) -> None:
+    table = prepared.exact(tmp_path / "parts")
+    with torch.no_grad():
+        reference = prepared.run(prepared.entries.inputs)
+        for name in prepared.names:
+            pair = WidthPair(4, 2)
+            plan, codes = prepared.candidates.plan({name: pair})
+            with simulate(prepared.denoiser, plan, codes):
+                output = prepared.run(prepared.entries.inputs)
+            expected = float((output - reference).square().mean())
+            assert table.distortion[name][pair] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_sketch_estimates_the_exact_sweep_and_ranks_like_it(prepared: Prepared, tmp_path: Path) -> None:
+    # Nothing lies between these layers and the output but sums, so that the only error is that of sampling.
+    exact, sketch = prepared.exact(tmp_path / "exact"), prepared.sketch(tmp_path / "sketch", 64)
+    for name in prepared.names:
+        for pair in PAIRS:
+            assert sketch.distortion[name][pair] == pytest.approx(exact.distortion[name][pair], rel=0.35)
+    assert rank_correlation(exact, sketch) > 0.99
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketch"])
+def test_a_killed_measurement_goes_on_where_it_was_and_ends_the_same(
+    prepared: Prepared, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(journal: Path) -> Sensitivity:
+        return prepared.exact(journal) if kind == "exact" else prepared.sketch(journal, 2)
+
+    whole = measure(tmp_path / "whole")
+    lines = (tmp_path / "whole").read_text().splitlines()
+    assert len(lines) == 2 * len(prepared.names)
+    # Two of the parts of the second batch are missing and the last line is cut short.
+    cut = "\n".join([*lines[:-2], lines[-2][: len(lines[-2]) // 2]])
+    (tmp_path / "cut").write_text(cut)
+    measured = []
+    original = prepared.candidates.module
+    monkeypatch.setattr(
+        prepared.candidates, "module", lambda base, name, *rest: measured.append(name) or original(base, name, *rest)
+    )
+    assert measure(tmp_path / "cut") == whole
+    assert set(measured) == set(prepared.names[-2:])
+
+
+def test_measuring_leaves_the_denoiser_as_it_was(prepared: Prepared, tmp_path: Path) -> None:
+    modules = dict(prepared.denoiser.named_modules())
+    needed = [parameter.requires_grad for parameter in prepared.denoiser.parameters()]
+    prepared.exact(tmp_path / "exact")
+    prepared.sketch(tmp_path / "sketch", 1)
+    assert dict(prepared.denoiser.named_modules()) == modules
+    assert [parameter.requires_grad for parameter in prepared.denoiser.parameters()] == needed
+
+
+def test_marginals_are_what_vanishes_with_a_layer(prepared: Prepared) -> None:
+    choice = dict.fromkeys(prepared.names, WidthPair(4, 4))
+    arguments = (prepared.entries, prepared.run, METRIC, 8)
+    found = measure_marginals(prepared.denoiser, prepared.candidates, choice, *arguments)
+    assert found.joint == pytest.approx(measure_joint(prepared.denoiser, prepared.candidates, choice, *arguments))
+    without = {name: pair for name, pair in choice.items() if name != "conv"}
+    expected = measure_joint(prepared.denoiser, prepared.candidates, without, *arguments)
+    assert found.without["conv"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_factors_make_curves_say_what_layers_cost_and_stay_bounded() -> None:
+    found = Marginals(10.0, {"a": 8.0, "b": 9.5, "c": 11.0})
+    assert found.factors({"a": 1.0, "b": 0.5, "c": 1.0}) == {"a": 2.0, "b": 1.0, "c": 0.125}
+
+
+def test_a_distortion_that_is_not_finite_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    def broken(inputs: Mapping[str, Tensor]) -> Tensor:
+        return prepared.run(inputs) * float("nan")
+
+    with pytest.raises(CalibrationError, match=r"conv at w2a2: the distortion of the output is nan"):
+        measure_exact(
+            prepared.denoiser, prepared.candidates, {"conv": [WidthPair(2, 2)]}, prepared.entries, broken, METRIC, 8,
+            tmp_path / "parts",
+        )  # fmt: skip
+
+
+def test_tables_survive_the_disk(tmp_path: Path) -> None:
+    table = Sensitivity({"a": {WidthPair(4, 8): 0.25, WidthPair(None, 4): 1e-9, WidthPair(2, None): 3.0}})
+    table.save(tmp_path / "table.json")
+    assert Sensitivity.load(tmp_path / "table.json") == table
+
+
+def test_separated_sensitivities_add_the_two_sides() -> None:
+    curve = {WidthPair(4, 4): 9.0, WidthPair(4, None): 1.0, WidthPair(None, 4): 2.0}
+    assert Sensitivity({"a": curve}).separated().distortion["a"][WidthPair(4, 4)] == 3.0
+    with pytest.raises(CalibrationError, match="w16a4 was not measured"):
+        Sensitivity({"a": {WidthPair(4, 4): 9.0, WidthPair(4, None): 1.0}}).separated()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(1e-9, 10.0), min_size=9, max_size=9))
+def test_isotonic_tables_fall_along_both_axes_and_keep_what_already_does(values: list[float]) -> None:
+    pairs = candidate_pairs(WIDTHS, WIDTHS, separated=False)
+    fitted = Sensitivity({"a": dict(zip(pairs, values, strict=True))}).isotonic()
+    grid = np.array([[fitted.distortion["a"][WidthPair(w, a)] for a in WIDTHS] for w in WIDTHS])
+    assert (np.diff(grid, axis=0) <= 0).all()
+    assert (np.diff(grid, axis=1) <= 0).all()
+    again = fitted.isotonic().distortion["a"]
+    assert again == pytest.approx(fitted.distortion["a"], rel=1e-9)

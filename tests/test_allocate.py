@@ -1,0 +1,123 @@
+"""Mixed precision from the command line to the plan: budgets kept, stages reused, refusals that teach."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import SMALL, Answer, dmqexport, refused
+
+from dmqexport.errors import RecipeError
+from dmqexport.quant_types import Budget, BudgetKind
+from dmqexport.recipe import load_recipe
+
+#: Two widths, few entries, nothing that allocation does not need.
+QUICK = (
+    *("--set", "allocation.weight_bits=[2, 4, 8]", "--set", "allocation.activation_bits=[4, 8]"),
+    *("--set", "allocation.entries=12", "--set", "scaling.method=none", "--set", "quantization.rounding=nearest"),
+)
+
+
+def plan(model: Path, work: Path, *arguments: object) -> Answer:
+    return dmqexport(
+        "plan", "-m", model, "-o", work / "bundle", "--work", work / "work", *SMALL, *QUICK, *arguments, "--json"
+    )  # fmt: skip
+
+
+def document(answer: Answer) -> Any:
+    assert answer.code == 0, answer.err
+    return json.loads(Path(answer.json["artifacts"]["quant_plan"]).read_text())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("allocate")
+
+
+def test_average_bits_are_kept_and_the_plan_says_how_they_were_chosen(tiny_plain: Path, work: Path) -> None:
+    answer = plan(tiny_plain, work, "--bits", "w5a6", "--mixed", "--pareto")
+    found = document(answer)
+    allocation = found["allocation"]
+    assert allocation["method"] == "integer"
+    assert allocation["average_weight_bits"] <= 5
+    assert allocation["average_activation_bits"] <= 6
+    for name, side in (("average weight bits", "weight"), ("average activation bits", "activation")):
+        assert allocation["rate"][name]["used"] == pytest.approx(allocation[f"average_{side}_bits"], abs=1e-5)
+        assert allocation["lambda"][name] >= 0
+    assert 0 <= allocation["certified_gap"] < 0.01
+    assert allocation["predicted_distortion"] > 0
+    assert allocation["measured_distortion"] == min(entry["measured"] for entry in allocation["additivity"])
+    assert {layer["weight_bits"] for layer in found["layers"]} <= {2, 4, 8}
+    assert all(layer["weight_bits"] == 8 for layer in found["layers"] if layer["reason"].startswith("boundary"))
+    curve = json.loads(Path(answer.json["artifacts"]["pareto"]).read_text())
+    assert {point["method"] for point in curve["points"]} == {"integer", "uniform"}
+    for point in curve["points"]:
+        assert point["measured_distortion"] > 0
+        if point["method"] == "integer":
+            assert all(used <= point["limit"][name] * (1 + 1e-9) for name, used in point["rate"].items())
+    plot = Path(answer.json["artifacts"]["pareto_plot"]).read_text()
+    assert plot.startswith("<svg")
+    assert plot.count("<circle") >= 2 * len([p for p in curve["points"] if p["predicted_distortion"]])
+
+
+def test_another_budget_reuses_what_was_measured(tiny_plain: Path, work: Path) -> None:
+    plan(tiny_plain, work, "--bits", "w5a6", "--mixed")
+    answer = plan(tiny_plain, work, "--bits", "w6a7", "--mixed")
+    cached = {stage["name"]: stage["cached"] for stage in answer.json["stages"]}
+    assert cached["candidates"]
+    assert cached["sensitivity"]
+    assert not cached["allocation"]
+
+
+@pytest.mark.parametrize("method", ["lagrangian", "mixdq"])
+@pytest.mark.parametrize("budget", ["5.5bits", "1MiB"])
+def test_every_method_keeps_a_single_budget(tiny_plain: Path, work: Path, method: str, budget: str) -> None:
+    answer = plan(tiny_plain, work, "--bits", "w5a6", "--budget", budget, "--set", f"allocation.method={method}")
+    allocation = document(answer)["allocation"]
+    assert allocation["method"] == method
+    assert allocation["budget"] == budget
+    assert all(rate["used"] <= rate["limit"] * (1 + 1e-9) for rate in allocation["rate"].values())
+
+
+def test_without_mixed_nothing_is_measured(tiny_plain: Path, work: Path) -> None:
+    answer = plan(tiny_plain, work, "--bits", "w4a4")
+    allocation = document(answer)["allocation"]
+    assert allocation["method"] == "uniform"
+    assert allocation["lambda"] == {}
+    assert allocation["predicted_distortion"] is None
+    assert "sensitivity" not in {stage["name"] for stage in answer.json["stages"]}
+
+
+def test_a_budget_nothing_fits_into_is_refused_with_what_is_possible(tiny_plain: Path, work: Path) -> None:
+    answer = plan(tiny_plain, work, "--bits", "w5a6", "--budget", "100B")
+    refused(answer, 2, ["bytes of stored weights of at most 100", "least possible"])
+
+
+def test_a_floor_that_matches_nothing_is_refused(tiny_plain: Path, work: Path) -> None:
+    answer = plan(tiny_plain, work, "--bits", "w5a6", "--mixed", "--set", "allocation.floors={nowhere: w4a4}")
+    refused(answer, 2, ["allocation.floors", "'nowhere' matches no layer"])
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("2.5MiB", Budget(BudgetKind.BYTES, 2.5 * 2**20)),
+        ("900 kB", Budget(BudgetKind.BYTES, 900e3)),
+        ("4.5bits", Budget(BudgetKind.JOINT_BITS, 4.5)),
+        ("1.2ms", Budget(BudgetKind.MILLISECONDS, 1.2)),
+    ],
+)
+def test_budgets_are_read(text: str, budget: Budget) -> None:
+    assert Budget.parse(text) == budget
+
+
+@pytest.mark.parametrize("text", ["", "4", "0MiB", "-1MiB", "4 parsecs", "MiB"])
+def test_other_budgets_are_refused_with_examples(text: str) -> None:
+    with pytest.raises(RecipeError, match="not a positive amount with a unit"):
+        Budget.parse(text)
+
+
+def test_a_budget_or_a_sweep_without_allocation_is_refused() -> None:
+    for key, value in (("allocation.budget", "2MiB"), ("allocation.pareto", True)):
+        with pytest.raises(RecipeError, match="needs bits to be allocated"):
+            load_recipe(None, {"model": "emoji", key: value}, [])

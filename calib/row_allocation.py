@@ -28,9 +28,10 @@ class RowAllocation:
 
 
 def allocate_rows(errors: Mapping[int, FloatVector], weights: FloatVector, step_rows: Sequence[int]) -> RowAllocation:
-    """Least Σ_s √(weights[s] · errors[offset of the row of s][s]) with a mean offset over steps of at most 0; exact.
+    """Least Σ_s weights[s] · errors[offset of the row of s][s] with a mean offset over steps of at most 0; exact.
 
-    Amplitudes are summed, not squares, because what small errors of many steps do to a picture adds up that way.
+    Squares are summed, as if steps erred independently. Summing amplitudes instead was tried: it takes two bits from
+    the last step, and the pictures of the bundled model at W4A4 came out 0.9 dB worse.
     errors: offset → mean squared error of the predicted noise a step, float64 [steps]; weights: float64 [steps];
     step_rows: the table row of every sampling step. Dynamic programming over rows and the sum of offsets. Raises
     CalibrationError when offset 0 was not measured.
@@ -47,7 +48,7 @@ def allocate_rows(errors: Mapping[int, FloatVector], weights: FloatVector, step_
         for total, (distortion, chosen) in best.items():
             for offset in sorted(errors):
                 sum_ = total + offset * len(steps)
-                cost = distortion + float(np.sqrt(weights[steps] * errors[offset][steps]).sum())
+                cost = distortion + float((weights[steps] * errors[offset][steps]).sum())
                 if sum_ not in reached or cost < reached[sum_][0]:
                     reached[sum_] = (cost, (*chosen, offset))
         best = reached
@@ -56,4 +57,4 @@ def allocate_rows(errors: Mapping[int, FloatVector], weights: FloatVector, step_
     offsets: IntArray = np.zeros(count, dtype=np.int64)
     offsets[present] = chosen
     share = (np.bincount(rows, minlength=count) / len(rows)).astype(np.float32)
-    return RowAllocation(RowBits(offsets, share), predicted, float(np.sqrt(weights * errors[0]).sum()))
+    return RowAllocation(RowBits(offsets, share), predicted, float((weights * errors[0]).sum()))

@@ -47,7 +47,7 @@ STAGE_VERSIONS = {
     "training-set": 1,
     "draft": 1,
     "step-errors": 2,
-    "row-bits": 2,
+    "row-bits": 3,
     "blocks": 1,
     "network": 1,
     "export": 1,

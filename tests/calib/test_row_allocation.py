@@ -24,14 +24,14 @@ def test_it_is_optimal_within_the_mean(step_rows: list[int], seed: int) -> None:
 
     present = sorted(set(step_rows))
     best = min(
-        sum(np.sqrt(weights[s] * errors[choice[present.index(row)]][s]) for s, row in enumerate(step_rows))
+        sum(weights[s] * errors[choice[present.index(row)]][s] for s, row in enumerate(step_rows))
         for choice in product(OFFSETS, repeat=len(present))
         if sum(choice[present.index(row)] for row in step_rows) <= 0
     )
     offsets = found.row_bits.offsets
     assert sum(offsets[row] for row in step_rows) <= 0
     assert found.predicted == pytest.approx(best)
-    reached = sum(np.sqrt(weights[s] * errors[int(offsets[row])][s]) for s, row in enumerate(step_rows))
+    reached = sum(weights[s] * errors[int(offsets[row])][s] for s, row in enumerate(step_rows))
     assert found.predicted == pytest.approx(reached)
     assert found.predicted <= found.predicted_even + 1e-9
     assert found.row_bits.share.sum() == pytest.approx(1, abs=1e-6)

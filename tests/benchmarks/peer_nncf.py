@@ -86,27 +86,24 @@ def settings(bench: Bench, nncf: Any) -> list[Setting]:
 
 
 def operations(model: Any) -> tuple[int, int]:
-    """(quantized, all) Convolution and MatMul operations with a constant weight, by what feeds them."""
+    """(quantized, all) Convolution and MatMul operations that multiply by a weight; attention's products are none."""
     quantized = total = 0
     for operation in model.get_ordered_ops():
-        if operation.get_type_name() not in ("Convolution", "GroupConvolution", "MatMul"):
-            continue
-        kinds = _kinds(operation.input_value(1).get_node(), 6)
-        if "Constant" not in kinds:
-            continue
-        total += 1
-        quantized += bool({"FakeQuantize", "i8", "u8", "i4", "u4"} & kinds)
+        if operation.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
+            kinds = _kinds(operation.input_value(1).get_node())
+            total += "Constant" in kinds
+            quantized += "Constant" in kinds and bool({"FakeQuantize", "i8", "u8", "i4", "u4"} & kinds)
     return quantized, total
 
 
-def _kinds(node: Any, depth: int) -> set[str]:
-    """Types of the operations, and element types of the constants, on the way to a weight."""
+def _kinds(node: Any) -> set[str]:
+    """Types of the operations from an operand back to where its values come from, and the element type there."""
     kinds = {node.get_type_name()}
+    while node.get_type_name() in ("FakeQuantize", "Convert", "Subtract", "Multiply", "Reshape", "Transpose"):
+        node = node.input_value(0).get_node()  # the others hold scales, ranges and shapes
+        kinds.add(node.get_type_name())
     if node.get_type_name() == "Constant":
         kinds.add(node.get_element_type().get_type_name())
-    elif depth and node.get_type_name() in ("FakeQuantize", "Convert", "Subtract", "Multiply", "Reshape", "Transpose"):
-        for index in range(node.get_input_size()):
-            kinds |= _kinds(node.input_value(index).get_node(), depth - 1)
     return kinds
 
 

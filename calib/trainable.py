@@ -381,6 +381,19 @@ class TrainableModel:
                 self._restore(f"{name}#{operand}", quantizer, state)
         self.forget()
 
+    def adopt_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the float weights behind the codes of an earlier training, from whose plan this model was made.
+
+        state: of all layers, as `state` gave there. Scales, tables and biases are in the plan; taking them from `state`
+        too would move them twice.
+        """
+        for name, layer in self.layers.items():
+            for index, weight in enumerate(layer.parts()):
+                prefix = f"{name}|weights.{index}."
+                own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                if own:
+                    weight.adopt(own)
+
     def _restore(self, key: str, quantizer: TrainableActivation, state: Mapping[str, Tensor]) -> None:
         for kind in ("scale", "zero_point"):
             if f"{key}|{kind}" in state:

@@ -1,5 +1,6 @@
 """One weight in training: the float weight behind its codes, its rounding, or a low-rank adapter."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -77,6 +78,17 @@ class TrainableWeight(nn.Module):
         if self.mode == "adapter":
             return [ParameterGroup([self.up, self.down], adapter * unit * float(self.scale.mean()))]
         return []
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what an earlier training of this mode left, when this weight's plan is what that one froze.
+
+        state: as `state_dict` gave. Its log_scale is in the plan's scale already and starts anew; an adapter keeps what
+        it means in steps of that scale. Codes and scales are those of the plan.
+        """
+        own = {**state, "log_scale": torch.zeros_like(self.log_scale)}
+        if self.mode == "adapter":
+            own["up"] = state["up"] * state["log_scale"].exp().reshape(-1, 1)
+        self.load_state_dict(own)
 
     def forward(self) -> Tensor:
         """The fake-quantized weight, float32, shape of the original."""

@@ -70,9 +70,9 @@ class Training(RowAllocating):
 
     @cached_property
     def step_weights(self) -> Tensor:
-        """float32 [steps]: how much each sampling step's error counts, mean 1."""
+        """float32 [calls of the denoiser a trajectory]: how much each one's error counts, mean 1."""
         if self.recipe.training.network.step_weights == "equal":
-            return torch.ones(self.steps)
+            return torch.ones(int(self.training_set.step.max()) + 1)  # multi-step samplers call more than `steps` times
         return torch.tensor(self.step_errors.weights)
 
     @property
@@ -95,9 +95,11 @@ class Training(RowAllocating):
             "blocks": blocks.model_dump(mode="json"),
             "seed": self.recipe.seed,
         }
+        if blocks.weights == "adapter":
+            key["rank"] = training.network.rank
 
         def build(folder: Path) -> None:
-            options = self._options(blocks.weights, 1, blocks.rates)
+            options = self._options(blocks.weights, training.network.rank, blocks.rates)
             with self._trainable(self.planned, options) as model, self.workspace.partial("blocks", key) as scratch:
                 result = distill_blocks(
                     self.model.denoiser,
@@ -133,14 +135,16 @@ class Training(RowAllocating):
             "step_weights": self.step_weights.tolist(),
             "seed": self.recipe.seed,
         }
+        continues = self._continues
+        if continues:
+            key["continues"] = network.weights
 
         def build(folder: Path) -> None:
             options = self._options(network.weights, network.rank, network.rates)
             targets = load_file(str(self.training_trajectories.path / "targets.safetensors"))["targets"]
             with self._trainable(before, options) as model, self.workspace.partial("network", key) as scratch:
-                state = before.path / _STATE
-                if state.is_file() and self.recipe.training.blocks.weights == network.weights:
-                    model.load_state(load_file(str(state)))  # the float weights behind the codes go on, too
+                if continues:
+                    model.adopt_weights(load_file(str(before.path / _STATE)))
                 result = distill_network(
                     model,
                     self.training_set,
@@ -163,6 +167,12 @@ class Training(RowAllocating):
             (folder / "network.json").write_text(json.dumps(document), encoding="utf-8")
 
         return self.workspace.stage("network", key, build)
+
+    @property
+    def _continues(self) -> bool:
+        """Whether the network's training goes on with what lies behind the blocks' codes: both move the same thing."""
+        blocks, network = self.recipe.training.blocks, self.recipe.training.network
+        return blocks.iterations > 0 and blocks.weights == network.weights
 
     def _selected(self, model: TrainableModel, patterns: tuple[str, ...]) -> list[str] | None:
         """Names of the layers that any pattern matches, None for all; RecipeError for a pattern that matches none."""

@@ -43,7 +43,7 @@ class NetworkTrainingRecipe(Section):
     weights: Literal["none", "full", "rounding", "adapter"] = Field(
         default="full", description="what moves in a weight"
     )
-    rank: int = Field(default=32, ge=1, description="of adapters")
+    rank: int = Field(default=32, ge=1, description="of adapters, those of blocks too")
     layers: tuple[str, ...] = Field(default=("*",), description="patterns of the layers that are trained")
     guided_share: float = Field(
         default=0.5, ge=0, le=1, description="how much the guided combination counts against its halves"

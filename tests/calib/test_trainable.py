@@ -260,3 +260,30 @@ def test_the_guided_loss_sees_what_the_sampler_sees() -> None:
     assert float(guided_loss(same, weights, 3.0, 0.0)) == pytest.approx(1.0)
     assert float(guided_loss(same, weights, 3.0, 1.0)) == pytest.approx(1 / 13)
     assert float(guided_loss(opposite, weights, 3.0, 1.0)) == pytest.approx(25 / 13)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_later_training_starts_where_the_plan_of_the_earlier_one_is(
+    denoiser: nn.Module, found: ProbeResult, planned: tuple[QuantPlan, QuantWeights], mode: WeightMode, tmp_path: Path
+) -> None:
+    data = random_calibration(20)
+    with torch.no_grad():
+        target = denoiser(**data.inputs)
+    options = TrainOptions(weights=mode, rank=2, rates=FAST)
+    with trainable(denoiser, *planned, found, options) as model:
+        train(denoiser, model, data, target, 40)
+        model.harden()
+        trained, state = call(denoiser), model.state()
+    plan, codes = model.freeze()
+    QuantWeights.save(tmp_path / "codes", codes)
+    with trainable(denoiser, plan, QuantWeights(tmp_path / "codes"), found, options) as later:
+        later.adopt_weights(state)
+        later.harden()
+        again = call(denoiser)
+    assert torch.allclose(again, trained, atol=2e-5)
+    same, same_codes = later.freeze()
+    assert same.fingerprint == plan.fingerprint
+    assert all(np.array_equal(same_codes[key], value) for key, value in codes.items())
+    if mode == "full":  # not only the codes: what lies behind them goes on
+        latents = (later.layers["joined"].parts()[0].latent, model.layers["joined"].parts()[0].latent)
+        assert torch.equal(*latents)

@@ -1,5 +1,6 @@
 """From metrics to the report document, its gates and its suggestions."""
 
+import json
 import os
 import platform
 from collections import Counter
@@ -14,6 +15,7 @@ import onnx_ir as ir
 import dmqexport
 from dmqexport.models.picture_features import DIMENSION
 from dmqexport.pipeline import Build
+from dmqexport.pipeline_allocate import PARETO_JSON
 from dmqexport.pipeline_validate import Validation
 from dmqexport.quant_plan import LayerQuant
 from dmqexport.report.pictures import ReportImages
@@ -80,6 +82,7 @@ class ReportBuilder:
             "rows": [{"row": row, "timestep_min": low, "timestep_max": high} for row, low, high in plan.row_ranges()],
             "size_bytes": self._sizes(),
             "latency": latency,
+            "allocation": self._allocation(),
             "operators": self._operators(),
             "gates": self.gates,
             "engine": self._engine(),
@@ -102,6 +105,22 @@ class ReportBuilder:
             "warnings": self._warnings(),
             "suggestions": self._suggestions(layers),
             "notes": notes,
+        }
+
+    def _allocation(self) -> dict[str, Any]:
+        """How the bits were chosen, and the Pareto sweep where the recipe asks for one."""
+        found, points = self.build.plan.allocation, []
+        if self.build.recipe.allocation.pareto:
+            points = json.loads((self.build.pareto.path / PARETO_JSON).read_text(encoding="utf-8"))["points"]
+        return {
+            "method": found.method,
+            "budget": found.budget,
+            "lambda": dict(found.multipliers),
+            "rate": {name: dict(spent) for name, spent in found.rate.items()},
+            "predicted_distortion": found.predicted_distortion,
+            "measured_distortion": found.measured_distortion,
+            "certified_gap": found.certified_gap,
+            "pareto": points,
         }
 
     def pictures(self) -> ReportImages:

@@ -219,6 +219,29 @@ class Images(_Part):
     note: str | None = None
 
 
+class Spent(_Part):
+    """What an allocation used of one budget."""
+
+    used: float
+    limit: float
+
+
+class BitAllocation(_Part):
+    """How the bits were chosen; figures are null where every layer got the same by name.
+
+    lambda_: budget → distortion that one more unit of it would save; pareto: points of a sweep, where one was made.
+    """
+
+    method: str
+    budget: str
+    lambda_: dict[str, float] = Field(default_factory=dict, alias="lambda")
+    rate: dict[str, Spent] = Field(default_factory=dict)
+    predicted_distortion: float | None = None
+    measured_distortion: float | None = None
+    certified_gap: NonNegative | None = None
+    pareto: Many[dict[str, JsonValue]] = ()
+
+
 class ReportDocument(_Part):
     """The whole of report.json."""
 
@@ -244,6 +267,7 @@ class ReportDocument(_Part):
     warnings: Many[str] = ()
     suggestions: Many[str] = ()
     notes: dict[str, str] = Field(default_factory=dict)
+    allocation: BitAllocation | None = None
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

@@ -18,6 +18,7 @@ from dmqexport.errors import ResourceError
 from dmqexport.report import heatmap, pictures, wording
 from dmqexport.report.chart import Chart, timestep_chart
 from dmqexport.report.document import CAP_DB, Gate, Layer, ReportDocument, parse_document
+from dmqexport.report.pareto_chart import bits_svg, pareto_svg
 from dmqexport.report.pictures import ReportImages
 
 SHOWN_PICTURES = 16
@@ -96,6 +97,8 @@ def render_html(document: ReportDocument, images: ReportImages | None) -> str:
             in_float=[layer for layer in document.layers if layer.in_float or layer.reason],
             sizes=_sizes(document),
             compute=_compute_shares(document),
+            widths=bits_svg(document.layers),
+            pareto=_pareto(document),
             stage_total=_total([stage.seconds for stage in document.stages]),
             recipe=json.dumps(document.recipe, indent=2, ensure_ascii=False),
             cap=CAP_DB,
@@ -112,6 +115,12 @@ def _charts(document: ReportDocument) -> list[tuple[str, Chart]]:
         for kind, width, height in (("wide", 1000, 300), ("narrow", 340, 250))
     )
     return [(kind, chart) for kind, chart in drawn if chart is not None]
+
+
+def _pareto(document: ReportDocument) -> Markup | None:
+    """The sweep's picture; its figures were validated and its labels are escaped."""
+    points = [] if document.allocation is None else list(document.allocation.pareto)
+    return Markup(pareto_svg(points, inline=True)) if points else None
 
 
 def _verdict(document: ReportDocument) -> Card:

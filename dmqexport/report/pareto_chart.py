@@ -1,9 +1,14 @@
-"""The Pareto sweep as one SVG file: size of the weights against distortion, predicted and measured."""
+"""Pictures of a bit allocation: who got how many bits, and size against distortion over a sweep of budgets."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup, escape
+
+from dmqexport.report.document import Layer
+
+_NAMESPACE = ' xmlns="http://www.w3.org/2000/svg"'
 _WIDTH, _HEIGHT = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 20, 54, 48
 #: (key, dashes, filled) of the two figures every point has.
@@ -12,15 +17,16 @@ _COLOURS = {"uniform": "#8a5a00"}
 _OTHER = "#1f5fa8"
 
 
-def pareto_svg(points: Sequence[Mapping[str, Any]]) -> str:
+def pareto_svg(points: Sequence[Mapping[str, Any]], *, inline: bool = False) -> str:
     """An SVG document; x: nominal bytes of the weights in MB, y: distortion, logarithmic.
 
     points: `method`, `nominal_bytes`, `predicted_distortion`, `measured_distortion` (None or not positive: left out).
+    inline: for a place inside HTML, which knows SVG without being told the namespace.
     """
     values = [point[key] for point in points for key, _, _ in _FIGURES if (point[key] or 0.0) > 0]
     sizes = [point["nominal_bytes"] / 1e6 for point in points]
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
+        f'<svg{"" if inline else _NAMESPACE} viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
         f'height="{_HEIGHT}" font-family="sans-serif" font-size="11">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
     ]
@@ -58,7 +64,7 @@ def pareto_svg(points: Sequence[Mapping[str, Any]]) -> str:
                 for point in points
                 if point["method"] == method and (point[key] or 0.0) > 0
             )
-            label = f"{method}, {key.removesuffix('_distortion')}"
+            label = f"{escape(method)}, {key.removesuffix('_distortion')}"
             line = " ".join(f"{x(size)},{y(value)}" for size, value in series)
             stroke = f'stroke="{colour}" stroke-dasharray="{dashes}"' if dashes else f'stroke="{colour}"'
             parts.append(f'<polyline points="{line}" fill="none" {stroke}/>')
@@ -73,3 +79,28 @@ def pareto_svg(points: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f'<text x="{place[0] + 9}" y="{place[1] + 4}">{label}</text>')
             legend += 1
     return "\n".join([*parts, "</svg>\n"])
+
+
+def bits_svg(layers: Sequence[Layer]) -> Markup | None:
+    """Bars of weight bits upwards and activation bits downwards, a layer each, for HTML; None without layers."""
+    quantized = [layer for layer in layers if layer.nominal_bits.weight]
+    if not quantized:
+        return None
+    wide, unit, middle = 7, 10, 92
+    width = len(quantized) * wide + 40
+    parts = [
+        f'<svg viewBox="0 0 {width} {2 * middle}" width="{width}" '
+        f'height="{2 * middle}" font-family="sans-serif" font-size="10">'
+        f'<text x="0" y="{middle - 30}" fill="{_OTHER}">weight</text>'
+        f'<text x="0" y="{middle + 38}" fill="{_COLOURS["uniform"]}">act.</text>'
+    ]
+    for index, layer in enumerate(quantized):
+        weight, activation = layer.nominal_bits.weight or 0, layer.nominal_bits.activation or 0
+        at = 38 + index * wide
+        parts.append(
+            f"<g><title>{escape(layer.name)}: w{weight}a{activation or 16}</title>"
+            f'<rect x="{at}" y="{middle - weight * unit}" width="{wide - 1}" height="{weight * unit}" fill="{_OTHER}"/>'
+            f'<rect x="{at}" y="{middle + 2}" width="{wide - 1}" height="{activation * unit}" '
+            f'fill="{_COLOURS["uniform"]}"/></g>'
+        )
+    return Markup("".join([*parts, "</svg>"]))

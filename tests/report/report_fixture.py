@@ -170,6 +170,23 @@ def make_document(layers: int = 60, rows: int = 10, seed: int = 0) -> dict[str, 
             "rows 0 to 2 hold most of the error: try --set calibration.rows=20 with --set calibration.spacing=error",
         ],
         "notes": {"engine.version": "as the runtime reports itself"},
+        "allocation": {
+            "method": "integer",
+            "budget": "w4a4 on average",
+            "lambda": {"average weight bits": 0.012},
+            "rate": {"average weight bits": {"used": 3.99, "limit": 4.0}},
+            "predicted_distortion": 0.05,
+            "measured_distortion": 0.07,
+            "certified_gap": 0.0004,
+            "pareto": [
+                {
+                    "method": "integer",
+                    "nominal_bytes": 2_100_000,
+                    "predicted_distortion": 0.05,
+                    "measured_distortion": 0.07,
+                }
+            ],
+        },
     }
 
 

@@ -60,63 +60,39 @@ def guidance_pairs(data: CalibrationSet) -> Tensor:
     return order.reshape(-1, halves)
 
 
-def guided_loss(error: Tensor, weights: Tensor, guidance: float, share: float) -> Tensor:
-    """Mean square of the error a sampler sees. error: [calls, halves, ...]; weights: [calls].
+def guided_error(error: Tensor, guidance: float) -> tuple[Tensor, float]:
+    """(what the sampler sees of `error` [..., halves, values], how many times a half's own variance that is).
 
-    share: how much the guided combination counts against the halves by themselves, 0 to 1.
+    Guided: u + g (c − u); were the halves' errors independent, its variance would be g² + (g − 1)² times theirs.
     """
-    halves = error.square().flatten(1).mean(dim=1)
-    if error.shape[1] != 2:
-        return (weights * halves).mean()
-    unconditional, conditional = error[:, 0], error[:, 1]
-    guided = unconditional + guidance * (conditional - unconditional)
-    # Independent errors of the halves would give g² + (g − 1)²: the two terms are of one size.
-    unit = guidance**2 + (guidance - 1) ** 2
-    return (weights * (share * guided.square().flatten(1).mean(dim=1) / unit + (1 - share) * halves)).mean()
+    if error.shape[-2] != 2:
+        return error[..., 0, :], 1.0
+    unconditional, conditional = error[..., 0, :], error[..., 1, :]
+    return unconditional + guidance * (conditional - unconditional), guidance**2 + (guidance - 1) ** 2
 
 
-class CoherentError:
-    """Penalty on the part of the error that repeats from step to step, in the directions that pictures follow.
+def trajectory_loss(
+    error: Tensor, weights: Tensor, total: int, guidance: float, share: float, coherence: float
+) -> Tensor:
+    """Squared error of the finished picture, as errors along one trajectory add up to it.
 
-    Squared error alone teaches a noisy student to answer too little: regression towards the mean shortens the guidance
-    (conditional minus unconditional) first, since it is the smallest part of what is predicted. Such errors have one
-    sign in all steps; over S steps they add up to S times what squared error counts. So the running mean of each
-    step's relative shortfall, along the guidance and along the prediction, is pushed to zero with that weight.
-    Measured on the bundled model at W4A4: without it 800 iterations lift the predicted noise by 1.6 dB and the
-    pictures lose 0.5 dB, the guidance's slope at the last steps falls from 0.78 to 0.60.
+    error: [trajectories, steps, halves, values], some steps of each trajectory; weights: [trajectories, steps], the
+    picture's squared error for one unit of a step's; total: how many steps a trajectory has. A quantized network errs
+    alike at all steps of one picture: on the bundled model at W4A4, giving every step's error to another picture lifts
+    PSNR from 24.5 to 31.1 dB. So (Σ a_s e_s)² is minimised, a_s = √weight, and not Σ (a_s e_s)² alone, whose minimum
+    is an error smaller at every step and larger in the picture. coherence: 0 (squares only) to 1 (all products of two
+    steps too, estimated without bias from the steps at hand). share: of the guided combination against the halves.
     """
-
-    _MOMENTUM = 0.9
-
-    def __init__(self, steps: int, weight: float) -> None:
-        self.weight = weight
-        self.shortfall = torch.zeros(2, steps)
-
-    def penalty(self, error: Tensor, target: Tensor, steps: Tensor, weights: Tensor, guidance: float) -> Tensor:
-        """Has the gradient of weight · Σ shortfall² · |direction|²; linear in `error` [calls, halves, ...].
-
-        target: float outputs like `error`; steps: int64 [calls]; weights: [calls].
-        """
-        if self.weight == 0:
-            return torch.zeros(())
-        if error.shape[1] == 2:
-            guided = error[:, 0] + guidance * (error[:, 1] - error[:, 0])
-            difference = target[:, 1] - target[:, 0]
-            directions = [difference, target[:, 0] + guidance * difference]
-            unit = guidance**2 + (guidance - 1) ** 2
-        else:
-            guided, directions, unit = error[:, 0], [target[:, 0]], 1.0
-        total = torch.zeros(())
-        for row, direction in enumerate(directions):
-            along = (guided * direction).flatten(1).mean(dim=1)
-            energy = direction.square().flatten(1).mean(dim=1).clamp_min(1e-12)
-            counts = torch.zeros(self.shortfall.shape[1]).index_add_(0, steps, energy)
-            sums = torch.zeros(self.shortfall.shape[1]).index_add_(0, steps, along.detach())
-            seen = counts > 0
-            mean = self.shortfall[row]
-            mean[seen] += (1 - self._MOMENTUM) * (sums[seen] / counts[seen] - mean[seen])
-            total = total + (weights * 2 * mean[steps].clone() * along).mean()
-        return self.weight * total / unit
+    count = error.shape[1]
+    guided, unit = guided_error(error, guidance)
+    amplitude = guided * weights.sqrt().unsqueeze(-1)
+    squares = amplitude.square().sum(dim=1).mean()
+    loss = squares * total / count
+    if coherence and count > 1:
+        products = amplitude.sum(dim=1).square().mean() - squares
+        loss = loss + coherence * products * (total * (total - 1)) / (count * (count - 1))
+    halves = (weights * error.square().mean(dim=(-2, -1))).mean()
+    return share * loss / (unit * total) + (1 - share) * halves
 
 
 def distill_network(
@@ -139,29 +115,28 @@ def distill_network(
     """Train layers `names` of `model` (None: all) for `iterations` batches that mix timesteps.
 
     targets: float outputs of every entry; step_weights: [steps], how much each sampling step's error counts;
-    coherence: weight of the error that repeats from step to step (`CoherentError`);
+    coherence: weight of products of two steps (`trajectory_loss`), which needs batches of several steps a trajectory;
     checkpoint: a file written about once a minute, from which a killed run goes on. Raises CalibrationError when the
     loss is no number.
     """
-    pairs = guidance_pairs(data)
-    calls = max(1, batch_size // pairs.shape[1])
-    calls = min(calls, len(pairs))
+    table = guidance_pairs(data)
+    total = len(step_weights)
+    if len(table) % total:
+        raise CalibrationError(f"{len(table)} calls are no whole number of trajectories of {total} steps")
+    table = table.reshape(-1, total, table.shape[1])
     optimizer = model.optimizer(names, iterations)
     losses: list[float] = []
-    coherent = CoherentError(len(step_weights), coherence)
     if checkpoint is not None and checkpoint.is_file():
-        losses = _resume(checkpoint, model, optimizer, coherent)
+        losses = _resume(checkpoint, model, optimizer)
     saved = time.monotonic()
     for iteration in range(len(losses), iterations):
-        chosen = pairs[_batch(iteration, calls, len(pairs), seed)]
+        chosen = _batch(table, iteration, batch_size, seed, together=coherence > 0)
         index = chosen.flatten()
         batch = data.select(index)
         model.context.set_timestep(batch[TIMESTEP], len(index))
-        target = targets[index].reshape(*chosen.shape, *targets.shape[1:])
-        error = run(batch).reshape_as(target) - target
-        steps = data.step[chosen[:, 0]]
-        weights = step_weights[steps]
-        loss = guided_loss(error, weights, guidance, guided_share)
+        error = (run(batch) - targets[index]).reshape(*chosen.shape, -1)
+        weights = step_weights[data.step[chosen[:, :, 0]]]
+        loss = trajectory_loss(error, weights, total, guidance, guided_share, coherence)
         if not bool(torch.isfinite(loss)):
             raise CalibrationError(
                 f"distillation diverged at iteration {iteration} of {iterations}: the loss is {float(loss.detach())}",
@@ -169,12 +144,11 @@ def distill_network(
             )
         losses.append(float(loss.detach()))
         pushed = loss + _ROUNDING_PUSH * model.regularizer(iteration / iterations, names)
-        pushed = pushed + coherent.penalty(error, target, steps, weights, guidance)
         optimizer.zero_grad()
         torch.autograd.backward(pushed)
         optimizer.step()
         if checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
-            _save(checkpoint, model, optimizer, coherent, losses)
+            _save(checkpoint, model, optimizer, losses)
             saved = time.monotonic()
         if progress is not None:
             progress(iteration + 1, iterations)
@@ -183,33 +157,39 @@ def distill_network(
     return NetworkDistillResult(sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth, tuple(losses))
 
 
-def _batch(iteration: int, calls: int, pairs: int, seed: int) -> Tensor:
-    """Which calls iteration number `iteration` trains on: permutation after permutation, the same after a resume."""
-    per_epoch = pairs // calls
-    epoch, position = divmod(iteration, per_epoch)
-    order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[position * calls : (position + 1) * calls]
+def _batch(table: Tensor, iteration: int, size: int, seed: int, *, together: bool) -> Tensor:
+    """Entries of iteration number `iteration`, int64 [trajectories, steps, halves]; the same after a resume.
+
+    table: [trajectories, steps, halves]. together: half as many steps of a trajectory as the batch has calls, so that
+    there are two trajectories at least; else one step each.
+    """
+    trajectories, steps, halves = table.shape
+    calls = max(1, size // halves)
+    count = min(steps, max(1, calls // 2)) if together else 1
+    wanted = max(1, calls // count)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+    order = torch.randint(trajectories, (wanted,), generator=generator)
+    if wanted <= trajectories:
+        order = torch.randperm(trajectories, generator=generator)[:wanted]
+    picked = torch.rand(wanted, steps, generator=generator).argsort(dim=1)[:, :count]
+    return table[order.unsqueeze(1), picked]
 
 
-def _save(
-    path: Path, model: TrainableModel, optimizer: StepOptimizer, coherent: CoherentError, losses: list[float]
-) -> None:
+def _save(path: Path, model: TrainableModel, optimizer: StepOptimizer, losses: list[float]) -> None:
     temporary = path.with_suffix(".tmp")
     document = {
         "model": model.state(),
         "optimizer": optimizer.state(),
-        "coherent": coherent.shortfall.clone(),
         "losses": losses,
     }
     torch.save(document, temporary)
     temporary.replace(path)
 
 
-def _resume(path: Path, model: TrainableModel, optimizer: StepOptimizer, coherent: CoherentError) -> list[float]:
+def _resume(path: Path, model: TrainableModel, optimizer: StepOptimizer) -> list[float]:
     """Load a checkpoint; returns the losses so far."""
     saved = torch.load(path, weights_only=True)
     model.load_state(saved["model"])
     optimizer.load_state(saved["optimizer"])
-    coherent.shortfall.copy_(saved["coherent"])
     losses: list[float] = saved["losses"]
     return losses

@@ -74,7 +74,7 @@ class RowAllocating(Allocating):
         """How the activation bits of rows differ from their layer's; None: not at all."""
         if self.recipe.quantization.row_bits == "even" or self.recipe.widths.activation is None:
             return None
-        weights = np.asarray(self.step_errors.sensitivity)
+        weights = np.asarray(self.step_errors.weights)
         key = {
             "version": STAGE_VERSIONS["row-bits"],
             "draft": self.drafted.fingerprint,

@@ -52,7 +52,10 @@ class NetworkTrainingRecipe(Section):
         default="measured", description="measured: each sampling step counts by what its error does to the picture"
     )
     coherence: float = Field(
-        default=10.0, ge=0, description="weight of the error that has one sign in all steps; about half the steps"
+        default=1.0,
+        ge=0,
+        le=1,
+        description="how much errors that repeat over the steps of one picture count as their sum",
     )
     rates: RatesRecipe = RatesRecipe()
 

@@ -33,7 +33,7 @@ class StepErrors:
     noise: list[float]
 
     @property
-    def sensitivity(self) -> list[float]:
+    def weights(self) -> list[float]:
         """Error of the pictures for one unit of squared error of the predicted noise, [steps], mean 1."""
         return _mean_one(
             [
@@ -41,15 +41,6 @@ class StepErrors:
                 for picture, noise in zip(self.pictures, self._noise, strict=True)
             ]
         )
-
-    @property
-    def weights(self) -> list[float]:
-        """What a unit of squared error of the predicted noise counts in training, [steps], mean 1.
-
-        Errors of different steps partly add up as amplitudes: all steps but the last two together cost ten times the
-        sum of what each costs alone. The gradient of (Σ √picture)² is therefore taken instead of that of Σ picture.
-        """
-        return _mean_one([picture**0.5 / noise for picture, noise in zip(self.pictures, self._noise, strict=True)])
 
     @property
     def _noise(self) -> list[float]:

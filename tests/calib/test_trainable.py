@@ -1,5 +1,6 @@
 """What is trained comes back as a plan that computes the same, whatever was trained."""
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from calib.bit_allocation import uniform
 from calib.freeze import freeze
-from calib.network_distill import distill_network, guidance_pairs, guided_loss, teacher_outputs
+from calib.network_distill import distill_network, guidance_pairs, teacher_outputs, trajectory_loss
 from calib.observer import Observer
 from calib.probe import ProbeResult, probe
 from calib.quantizer import simulate
@@ -175,7 +176,7 @@ def distilled(
 ) -> Tensor:
     distill_network(
         model, data, targets, lambda inputs: denoiser(**inputs), names=None, guidance=3.0, guided_share=0.5,
-        coherence=2.0,
+        coherence=1.0,
         step_weights=torch.ones(int(data.step.max()) + 1), iterations=iterations, batch_size=8, seed=3, checkpoint=path,
     )  # fmt: skip
     return call(denoiser)
@@ -208,7 +209,7 @@ def test_a_killed_distillation_goes_on_to_the_same_bits(
     with trainable(denoiser, *planned, found, TrainOptions()) as model, pytest.raises(KeyboardInterrupt):
         distill_network(
             model, data, targets, interrupted, names=None, guidance=3.0, guided_share=0.5,
-        coherence=2.0,
+        coherence=1.0,
             step_weights=torch.ones(10), iterations=9, batch_size=8, seed=3, checkpoint=path,
         )  # fmt: skip
     with trainable(denoiser, *planned, found, TrainOptions()) as model:
@@ -253,37 +254,32 @@ def test_pairs_are_the_halves_of_one_call() -> None:
         guidance_pairs(mixed)
 
 
-def test_the_guided_loss_sees_what_the_sampler_sees() -> None:
-    same = torch.ones(1, 2, 4)
-    opposite = torch.stack([torch.ones(1, 4), -torch.ones(1, 4)], dim=1)
-    weights = torch.ones(1)
-    assert float(guided_loss(same, weights, 3.0, 0.0)) == pytest.approx(1.0)
-    assert float(guided_loss(same, weights, 3.0, 1.0)) == pytest.approx(1 / 13)
-    assert float(guided_loss(opposite, weights, 3.0, 1.0)) == pytest.approx(25 / 13)
+def test_the_loss_sees_what_the_sampler_sees() -> None:
+    same = torch.ones(1, 1, 2, 4)
+    opposite = torch.stack([torch.ones(1, 1, 4), -torch.ones(1, 1, 4)], dim=2)
+    weights = torch.ones(1, 1)
+
+    def loss(error: Tensor, share: float) -> float:
+        return float(trajectory_loss(error, weights, 1, 3.0, share, 1.0))
+
+    assert loss(same, 0.0) == pytest.approx(1.0)
+    assert loss(same, 1.0) == pytest.approx(1 / 13)
+    assert loss(opposite, 1.0) == pytest.approx(25 / 13)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_later_training_starts_where_the_plan_of_the_earlier_one_is(
-    denoiser: nn.Module, found: ProbeResult, planned: tuple[QuantPlan, QuantWeights], mode: WeightMode, tmp_path: Path
-) -> None:
-    data = random_calibration(20)
-    with torch.no_grad():
-        target = denoiser(**data.inputs)
-    options = TrainOptions(weights=mode, rank=2, rates=FAST)
-    with trainable(denoiser, *planned, found, options) as model:
-        train(denoiser, model, data, target, 40)
-        model.harden()
-        trained, state = call(denoiser), model.state()
-    plan, codes = model.freeze()
-    QuantWeights.save(tmp_path / "codes", codes)
-    with trainable(denoiser, plan, QuantWeights(tmp_path / "codes"), found, options) as later:
-        later.adopt_weights(state)
-        later.harden()
-        again = call(denoiser)
-    assert torch.allclose(again, trained, atol=2e-5)
-    same, same_codes = later.freeze()
-    assert same.fingerprint == plan.fingerprint
-    assert all(np.array_equal(same_codes[key], value) for key, value in codes.items())
-    if mode == "full":  # not only the codes: what lies behind them goes on
-        latents = (later.layers["joined"].parts()[0].latent, model.layers["joined"].parts()[0].latent)
-        assert torch.equal(*latents)
+def test_errors_of_one_sign_count_as_their_sum() -> None:
+    weights = torch.tensor([[1.0, 4.0, 1.0, 1.0]])
+    error = torch.ones(1, 4, 1, 3)
+    assert float(trajectory_loss(error, weights, 4, 1.0, 1.0, 0.0)) == pytest.approx(7 / 4)
+    assert float(trajectory_loss(error, weights, 4, 1.0, 1.0, 1.0)) == pytest.approx(5**2 / 4)
+    alternating = error * torch.tensor([1.0, -1.0, 1.0, 0.0]).reshape(1, 4, 1, 1)
+    assert float(trajectory_loss(alternating, weights, 4, 1.0, 1.0, 1.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_some_steps_estimate_all_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    error, weights = torch.randn(1, 6, 1, 5, generator=generator) + 0.5, torch.rand(1, 6, generator=generator)
+    whole = float(trajectory_loss(error, weights, 6, 1.0, 1.0, 1.0))
+    subsets = list(combinations(range(6), 3))
+    parts = [float(trajectory_loss(error[:, list(s)], weights[:, list(s)], 6, 1.0, 1.0, 1.0)) for s in subsets]
+    assert sum(parts) / len(parts) == pytest.approx(whole, rel=1e-5)

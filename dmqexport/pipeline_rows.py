@@ -13,7 +13,7 @@ from calib.freeze import RowBits, with_row_bits
 from calib.network_distill import guidance_pairs, teacher_outputs
 from calib.observer import load_statistics
 from calib.quantizer import simulate
-from calib.row_allocation import allocate_rows
+from calib.row_allocation import allocate_rows, offset_costs
 from calib.sampling import CalibrationSet
 from dmqexport.pipeline_allocate import Allocating
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
@@ -74,6 +74,10 @@ class RowAllocating(Allocating):
         """How the activation bits of rows differ from their layer's; None: not at all."""
         if self.recipe.quantization.row_bits == "even" or self.recipe.widths.activation is None:
             return None
+        macs = {info.name: info.macs for info in self.probe_result.layers}
+        costs = offset_costs(QuantPlan.load(self.drafted.path), macs, _OFFSETS)
+        if not any(costs.values()):
+            return None  # 8-bit tensors have a form of their own, in every row
         weights = np.asarray(self.step_errors.weights)
         key = {
             "version": STAGE_VERSIONS["row-bits"],
@@ -82,11 +86,13 @@ class RowAllocating(Allocating):
             "weights": weights.tolist(),
             "rows": self.row_map.tolist(),
         }
+        if any(cost != offset for offset, cost in costs.items()):
+            key["costs"] = {str(offset): cost for offset, cost in costs.items()}
 
         def build(folder: Path) -> None:
             step_rows = self.row_map[self._step_timesteps]
             errors = self._errors_by_offset()
-            found = allocate_rows(errors, weights, step_rows.tolist())
+            found = allocate_rows(errors, weights, step_rows.tolist(), costs)
             document = {
                 "offsets": found.row_bits.offsets.tolist(),
                 "share": found.row_bits.share.tolist(),

@@ -49,7 +49,7 @@ STAGE_VERSIONS = {
     "step-errors": 2,
     "row-bits": 3,
     "blocks": 1,
-    "network": 1,
+    "network": 2,
     "export": 1,
     "passes": 2,
     "compile": 1,

@@ -135,15 +135,12 @@ class Training(RowAllocating):
             "step_weights": self.step_weights.tolist(),
             "seed": self.recipe.seed,
         }
-        continues = self._continues
-        if continues:
-            key["continues"] = network.weights
 
         def build(folder: Path) -> None:
             options = self._options(network.weights, network.rank, network.rates)
             targets = load_file(str(self.training_trajectories.path / "targets.safetensors"))["targets"]
             with self._trainable(before, options) as model, self.workspace.partial("network", key) as scratch:
-                if continues:
+                if self._continues:
                     model.adopt_weights(load_file(str(before.path / _STATE)))
                 result = distill_network(
                     model,

@@ -33,13 +33,13 @@ class Rates:
     rounding variable; weight_scales and scales: relative; zero_points: in codes; biases: as they are.
     """
 
-    weights: float = 4e-3
+    weights: float = 2.5e-3
     rounding: float = 1e-2
     adapter: float = 5e-3
-    weight_scales: float = 1e-3
-    scales: float = 3e-3
-    zero_points: float = 2e-2
-    biases: float = 3e-4
+    weight_scales: float = 5e-4
+    scales: float = 2e-3
+    zero_points: float = 6e-3
+    biases: float = 2e-4
 
 
 @dataclass(frozen=True)

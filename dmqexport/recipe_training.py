@@ -12,13 +12,13 @@ from dmqexport.recipe_sections import Section
 class RatesRecipe(Section):
     """Learning rates of Adam, each with a cosine to zero; relative to what they move, so that they fit every layer."""
 
-    weights: float = Field(default=4e-3, ge=0, description="of float weights, times the layer's mean 4-bit scale")
+    weights: float = Field(default=2.5e-3, ge=0, description="of float weights, times the layer's mean 4-bit scale")
     rounding: float = Field(default=1e-2, ge=0, description="of rounding variables")
     adapter: float = Field(default=5e-3, ge=0, description="of adapters, times the layer's mean 4-bit scale")
-    weight_scales: float = Field(default=1e-3, ge=0, description="of weight scales, relative")
-    scales: float = Field(default=3e-3, ge=0, description="of activation scales, relative")
-    zero_points: float = Field(default=2e-2, ge=0, description="of activation zero_points, in codes")
-    biases: float = Field(default=3e-4, ge=0, description="of biases")
+    weight_scales: float = Field(default=5e-4, ge=0, description="of weight scales, relative")
+    scales: float = Field(default=2e-3, ge=0, description="of activation scales, relative")
+    zero_points: float = Field(default=6e-3, ge=0, description="of activation zero_points, in codes")
+    biases: float = Field(default=2e-4, ge=0, description="of biases")
 
 
 class BlockTrainingRecipe(Section):
@@ -46,7 +46,7 @@ class NetworkTrainingRecipe(Section):
     rank: int = Field(default=32, ge=1, description="of adapters, those of blocks too")
     layers: tuple[str, ...] = Field(default=("*",), description="patterns of the layers that are trained")
     guided_share: float = Field(
-        default=0.5, ge=0, le=1, description="how much the guided combination counts against its halves"
+        default=0.9, ge=0, le=1, description="how much the guided combination counts against its halves"
     )
     step_weights: Literal["equal", "measured"] = Field(
         default="measured", description="measured: each sampling step counts by what its error does to the picture"

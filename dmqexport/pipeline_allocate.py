@@ -30,10 +30,11 @@ from calib.rate import (
 )
 from calib.sensitivity import Sensitivity, candidate_pairs, measure_exact
 from calib.sketch import measure_sketch
+from dmqexport.byte_size import Budget, BudgetKind
 from dmqexport.errors import RecipeError
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS, Calibration
 from dmqexport.quant_plan import Allocation, QuantPlan
-from dmqexport.quant_types import BitWidths, Budget, BudgetKind
+from dmqexport.quant_types import BitWidths
 from dmqexport.report.pareto_chart import pareto_svg
 from dmqexport.workspace import StageRecord
 
@@ -269,6 +270,8 @@ class Allocating(Calibration):
             "recipe": recipe.model_dump(mode="json", exclude={"pareto"}),
             "containers": self.profile.weight_containers,
         }
+        if recipe.latency_table is not None:  # what the file says, not where it lies
+            key["latency"] = {name: dict(row) for name, row in LatencyModel.load(recipe.latency_table).table.items()}
 
         def build(folder: Path) -> None:
             problem = self._problem(self.table)

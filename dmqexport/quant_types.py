@@ -10,7 +10,6 @@ rounds exactly (one multiplication or one division each).
 
 import re
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -266,45 +265,3 @@ def _check_qparams(bits: int | IntArray, scale: FloatArray, zero_point: IntArray
     largest = 2 ** np.asarray(bits, dtype=np.int64) - 1
     if bool(np.any((zero_point < 0) | (zero_point > largest))):
         raise ValueError(f"zero_point outside [0, {int(np.max(largest))}]")
-
-
-class BudgetKind(StrEnum):
-    """What a single budget limits."""
-
-    JOINT_BITS = "bits"
-    BYTES = "bytes"
-    MILLISECONDS = "ms"
-
-
-#: Units of a budget → its kind and what one of them is.
-_BUDGET_UNITS = {
-    "bits": (BudgetKind.JOINT_BITS, 1.0),
-    "b": (BudgetKind.BYTES, 1.0),
-    "kb": (BudgetKind.BYTES, 1e3),
-    "mb": (BudgetKind.BYTES, 1e6),
-    "gb": (BudgetKind.BYTES, 1e9),
-    "kib": (BudgetKind.BYTES, 2.0**10),
-    "mib": (BudgetKind.BYTES, 2.0**20),
-    "gib": (BudgetKind.BYTES, 2.0**30),
-    "ms": (BudgetKind.MILLISECONDS, 1.0),
-}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """One limit for a whole model: average bits of weights and activations together, bytes of weights, or latency."""
-
-    kind: BudgetKind
-    limit: float
-
-    @classmethod
-    def parse(cls, text: str) -> "Budget":
-        """Parse `2.5MiB`, `900kB`, `4.5bits` or `1.2ms`; raises RecipeError for anything else."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
-        unit = _BUDGET_UNITS.get(match[2].lower()) if match is not None else None
-        if match is None or unit is None or not float(match[1]) > 0:
-            raise RecipeError(
-                f"budget {text!r} is not a positive amount with a unit",
-                hint="for example 2.5MiB (stored weights), 4.5bits (weights and activations together) or 1.2ms",
-            )
-        return cls(unit[0], float(match[1]) * unit[1])

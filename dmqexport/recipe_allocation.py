@@ -4,8 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dmqexport.byte_size import Budget
 from dmqexport.errors import RecipeError
-from dmqexport.quant_types import MAX_BITS, MIN_BITS, BitWidths, Budget
+from dmqexport.quant_types import MAX_BITS, MIN_BITS, BitWidths
 from dmqexport.recipe_sections import BITS_HINT, Section
 
 Width = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from command_line import SMALL, Answer, dmqexport, refused
 
+from dmqexport.byte_size import Budget, BudgetKind
 from dmqexport.errors import RecipeError
-from dmqexport.quant_types import Budget, BudgetKind
 from dmqexport.recipe import load_recipe
 
 #: Two widths, few entries, nothing that allocation does not need.
@@ -91,6 +91,18 @@ def test_without_mixed_nothing_is_measured(tiny_plain: Path, work: Path) -> None
 def test_a_budget_nothing_fits_into_is_refused_with_what_is_possible(tiny_plain: Path, work: Path) -> None:
     answer = plan(tiny_plain, work, "--bits", "w5a6", "--budget", "100B")
     refused(answer, 2, ["bytes of stored weights of at most 100", "least possible"])
+
+
+def test_another_latency_table_under_the_same_name_allocates_anew(tiny_plain: Path, work: Path) -> None:
+    table = work / "latency.json"
+    used = []
+    for each in (0.25, 0.5):
+        widths = {f"w{weight}a{activation}": each for weight in (2, 4, 8) for activation in (4, 8)}
+        table.write_text(json.dumps({"*": widths}))
+        budget = ("--budget", "1000ms", "--set", f"allocation.latency_table={table}")
+        rate = document(plan(tiny_plain, work, "--bits", "w5a8", *budget))["allocation"]["rate"]
+        used.append(rate["milliseconds of quantized layers"]["used"])
+    assert used[1] == pytest.approx(2 * used[0])
 
 
 def test_a_floor_that_matches_nothing_is_refused(tiny_plain: Path, work: Path) -> None:

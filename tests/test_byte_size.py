@@ -11,7 +11,7 @@ from dmqexport.recipe import load_recipe
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GiB", 2**32), (" 2.5 MiB ", 2621440), ("400 MB", 400_000_000), ("1kb", 1000), ("7", 7)],
+    [("4GiB", 2**32), (" 2.5 MiB ", 2621440), ("400 MB", 400_000_000), ("1kb", 1000), ("7", 7), ("7B", 7)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size

@@ -87,8 +87,6 @@ IMPORT_RULES = (
         f"typer rich dmqexport.cli_* {RECORDS}",
         in_functions="dmqexport.* calib.* passes.* engines.*",
     ),
-    # Samples pictures with a disturbed denoiser to weigh the steps; calibrates nothing itself.
-    ImportRule("dmqexport.step_weights", f"torch numpy dmqexport.models.* {RECORDS}"),
     # The parent of an ablation's processes: stays small, so that their peak memory is their own.
     ImportRule("dmqexport.ablate dmqexport.ablation_table", f"yaml dmqexport.ablation_table {RECORDS}"),
     ImportRule("dmqexport.*", f"numpy safetensors pydantic yaml {RECORDS}"),

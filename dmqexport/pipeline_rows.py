@@ -17,8 +17,8 @@ from calib.row_allocation import allocate_rows, offset_costs
 from calib.sampling import CalibrationSet
 from dmqexport.pipeline_allocate import Allocating
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.pipeline_steps import StepErrors, measure_step_errors
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
-from dmqexport.step_weights import StepErrors, measure_step_errors
 from dmqexport.workspace import StageRecord
 
 _PICTURES = 16

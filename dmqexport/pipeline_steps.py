@@ -63,9 +63,10 @@ def measure_step_errors(
     guidance: float,
     progress: Callable[[int, int], None] | None = None,
 ) -> StepErrors:
-    """Sample the pictures of `seeds` as one batch, once in float and once for each of `steps` quantized steps.
+    """Sample the pictures of `seeds` as one batch, once in float and once for each call of the denoiser, quantized.
 
-    Raises CalibrationError when the sampler calls the denoiser another number of times than `steps`.
+    A step is a call here, as in recorded trajectories: multi-step samplers make more calls than `steps`. Raises
+    CalibrationError when the sampler calls the denoiser another number of times with a quantized step.
     """
     state = {"calls": 0, "quantized": -1, "inside": 0}
     noise: list[float] = []
@@ -89,22 +90,24 @@ def measure_step_errors(
         state.update(calls=0, quantized=quantized)
         texts = None if prompts is None else list(prompts)
         result = sample_images(loaded, texts, seeds, steps=steps, guidance=guidance, batch_size=len(seeds))
-        if state["calls"] != steps:
+        if quantized >= 0 and state["calls"] != calls:
             raise CalibrationError(
-                f"the sampler called its denoiser {state['calls']} times in {steps} steps",
-                hint="multi-step samplers cannot be weighed: --set training.network.step_weights=equal"
+                f"the sampler called its denoiser {state['calls']} times with step {quantized} quantized, "
+                f"{calls} times in float",
+                hint="steps of such a sampler cannot be weighed: --set training.network.step_weights=equal"
                 " --set quantization.row_bits=even",
             )
         return result.images.astype(np.float64)
 
-    pictures = []
+    pictures, calls = [], 0
     with removing([loaded.denoiser.register_forward_hook(replace, with_kwargs=True)]):
         reference = sample(-1)
-        for step in range(steps):
+        calls = state["calls"]
+        for step in range(calls):
             error = ((sample(step) - reference) ** 2).mean(axis=(1, 2, 3)) + _ROUNDING
             pictures.append(float(np.exp(np.log(error).mean())))
             if progress is not None:
-                progress(step + 1, steps)
+                progress(step + 1, calls)
     return StepErrors(pictures, noise)
 
 

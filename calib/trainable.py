@@ -311,7 +311,8 @@ class TrainableModel:
     def optimizer(self, names: Collection[str] | None, steps: int) -> StepOptimizer:
         """Adam over the parameters of these layers (None: all) and the tables, with a cosine to zero over `steps`.
 
-        Tables of other layers get no gradient and do not move.
+        A table moves where a gradient reaches it: those of one block when only that block runs, all of them when the
+        whole network does, whatever `names` says.
         """
         rates, groups = self.options.rates, []
         for name, layer in self.layers.items():

@@ -44,7 +44,10 @@ class NetworkTrainingRecipe(Section):
         default="full", description="what moves in a weight"
     )
     rank: int = Field(default=32, ge=1, description="of adapters, those of blocks too")
-    layers: tuple[str, ...] = Field(default=("*",), description="patterns of the layers that are trained")
+    layers: tuple[str, ...] = Field(
+        default=("*",),
+        description="patterns of the layers whose weights and biases are trained; activation tables all are",
+    )
     guided_share: float = Field(
         default=0.9, ge=0, le=1, description="how much the guided combination counts against its halves"
     )

@@ -107,3 +107,17 @@ def test_a_pattern_that_matches_no_layer_is_refused(tiny_text: Path, tmp_path: P
 )
 def test_impossible_values_are_refused(tiny_text: Path, tmp_path: Path, key: str, message: str) -> None:
     refused(build(tiny_text, tmp_path / "out", tmp_path / "work", "--set", key), 2, [message])
+
+
+@pytest.mark.parametrize("weights", ["measured", "equal"])
+def test_a_sampler_with_more_calls_than_steps_is_trained_for(tiny_text: Path, tmp_path: Path, weights: str) -> None:
+    arguments = (
+        *("--bits", "w4a4", "--scheduler", "pndm", "--set", "training.trajectories=2"),
+        *("--set", "training.network.iterations=2", "--set", f"training.network.step_weights={weights}"),
+        *("--set", f"quantization.row_bits={'measured' if weights == 'measured' else 'even'}"),
+    )
+    answer = build(tiny_text, tmp_path / "out", tmp_path / "work", *arguments, verb="train")
+    assert answer.code == 0, answer.err
+    if weights == "measured":
+        found = json.loads(next((tmp_path / "work").glob("step-errors-*/step_errors.json")).read_text())
+        assert len(found["pictures"]) == len(found["noise"]) > 4  # PNDM looks at some of the four steps more than once

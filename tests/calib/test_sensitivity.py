@@ -127,9 +127,13 @@ def test_marginals_are_what_vanishes_with_a_layer(prepared: Prepared) -> None:
     assert found.without["conv"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_factors_make_curves_say_what_layers_cost_and_stay_bounded() -> None:
-    found = Marginals(10.0, {"a": 8.0, "b": 9.5, "c": 11.0})
-    assert found.factors({"a": 1.0, "b": 0.5, "c": 1.0}) == {"a": 2.0, "b": 1.0, "c": 0.125}
+def test_factors_make_curves_say_what_layers_cost_as_far_as_that_is_certain() -> None:
+    predicted = {"a": 1.0, "b": 0.5, "c": 1.0, "d": 1.0}
+    without = {"a": 8.0, "b": 9.5, "c": 11.0, "d": 8.0}
+    certain = Marginals(10.0, without, dict.fromkeys(without, 0.0))
+    assert certain.factors(predicted) == {"a": 2.0, "b": 1.0, "c": 0.125, "d": 2.0}
+    unsure = Marginals(10.0, without, {"a": 1.0, "b": 9.0, "c": 1e9, "d": float("inf")})
+    assert unsure.factors(predicted) == pytest.approx({"a": 1.5, "b": 1.0, "c": 1.0, "d": 1.0})
 
 
 def test_a_distortion_that_is_not_finite_is_refused(prepared: Prepared, tmp_path: Path) -> None:

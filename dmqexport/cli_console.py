@@ -232,7 +232,7 @@ def _layer_rows(layers: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
             (
                 str(layer["name"]),
                 str(bits["weight"] or "float"),
-                str(bits["activation"] or "float"),
+                "float" if not bits["activation"] else f"{bits['activation']:.3g}",
                 str(layer["storage_bits"]["weight"] or "-"),
                 str(layer["compute"]),
                 "-" if layer["sqnr_db"] is None else _db(layer["sqnr_db"]),

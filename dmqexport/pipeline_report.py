@@ -178,7 +178,7 @@ class ReportBuilder:
                 {
                     "name": layer.name,
                     "op": layer.op.value,
-                    "nominal_bits": {"weight": layer.weight_bits, "activation": layer.activation_bits},
+                    "nominal_bits": {"weight": layer.weight_bits, "activation": layer.mean_activation_bits},
                     "storage_bits": self._storage_bits(layer),
                     "compute": types.get(layer.name, "float32"),
                     "sqnr_db": measured["sqnr_db"],

@@ -99,6 +99,12 @@ class LayerQuant:
         activation = self.segments[0].activation
         return None if activation is None else activation.bits
 
+    @property
+    def mean_activation_bits(self) -> float | None:
+        """Nominal activation bits, the mean over rows where these differ; None for float."""
+        activation = self.segments[0].activation
+        return None if activation is None else float(activation.widths.mean())
+
 
 @dataclass(frozen=True)
 class AttentionQuant:
@@ -328,6 +334,7 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
                 "parameters": layer.parameters,
                 "weight_bits": layer.weight_bits,
                 "activation_bits": layer.activation_bits,
+                "mean_activation_bits": layer.mean_activation_bits,
                 "reason": layer.reason,
                 "bias_trained": layer.bias is not None,
                 "segments": segments,

@@ -98,10 +98,10 @@ class Metrics(_Part):
 
 
 class Bits(_Part):
-    """Width of weights and activations; null is not quantized."""
+    """Width of weights and activations (the mean over timestep rows where they differ); null is not quantized."""
 
     weight: Count | None
-    activation: Count | None
+    activation: Annotated[float, Field(ge=0)] | None
 
 
 class Layer(_Part):

@@ -98,9 +98,9 @@ def bits_svg(layers: Sequence[Layer]) -> Markup | None:
         weight, activation = layer.nominal_bits.weight or 0, layer.nominal_bits.activation or 0
         at = 38 + index * wide
         parts.append(
-            f"<g><title>{escape(layer.name)}: w{weight}a{activation or 16}</title>"
+            f"<g><title>{escape(layer.name)}: w{weight}a{activation or 16:.3g}</title>"
             f'<rect x="{at}" y="{middle - weight * unit}" width="{wide - 1}" height="{weight * unit}" fill="{_OTHER}"/>'
-            f'<rect x="{at}" y="{middle + 2}" width="{wide - 1}" height="{activation * unit}" '
+            f'<rect x="{at}" y="{middle + 2}" width="{wide - 1}" height="{activation * unit:g}" '
             f'fill="{_COLOURS["uniform"]}"/></g>'
         )
     return Markup("".join([*parts, "</svg>"]))

@@ -1,7 +1,7 @@
 """From a budget to the widths of every layer: quantizers at all widths, sensitivities, allocation; each a stage."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from calib.allocation_problem import Problem, Resource, Solution, solve_integer, solve_lagrangian
+from calib.allocation_search import Found, search
 from calib.candidates import Candidates, WidthPair
 from calib.freeze import LayerBits
 from calib.joint_distortion import measure_joint, measure_marginals
@@ -28,6 +29,7 @@ from calib.rate import (
     latency,
     stored_bytes,
 )
+from calib.sampling import CalibrationSet
 from calib.sensitivity import Sensitivity, candidate_pairs, measure_exact
 from calib.sketch import measure_sketch
 from dmqexport.byte_size import Budget, BudgetKind
@@ -40,6 +42,7 @@ from dmqexport.workspace import StageRecord
 
 _SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)  # of average bits, around what was asked for
 _FACTORS = (0.75, 0.9, 1.0, 1.1, 1.25, 1.5)  # of a single budget, likewise
+_JUDGES = 4  # times as many entries for a whole plan as for curves
 PARETO_JSON, PARETO_SVG = "pareto.json", "pareto.svg"
 
 
@@ -274,26 +277,37 @@ class Allocating(Calibration):
             key["latency"] = {name: dict(row) for name, row in LatencyModel.load(recipe.latency_table).table.items()}
 
         def build(folder: Path) -> None:
-            problem = self._problem(self.table)
-            solution = self._solve(problem)
-            measured = self._joint(solution.choice)
-            rounds = [{"predicted": solution.predicted, "measured": measured}]
-            best, best_problem, table = solution, problem, self.table
+            def found(factors: Mapping[str, float], solve: Callable[[Problem], Solution]) -> Found:
+                problem = self._problem(self.table.scaled(factors))
+                solution = solve(problem)
+                return Found(solution, factors, problem, self._joint(solution.choice, self._judges))
+
+            best = found(dict.fromkeys(self.pairs, 1.0), self._solve)
+            rounds = [self._round("curves as measured", best)]
             for _ in range(recipe.relinearize):
+                choice = best.solution.choice
                 around = measure_marginals(
-                    self.model.denoiser, self.candidates, best.choice, self._entries, self._denoise,
+                    self.model.denoiser, self.candidates, choice, self._entries, self._denoise,
                     metric_named(recipe.metric), self.recipe.calibration.batch_size, self.workspace.reporter.progress,
                 )  # fmt: skip
-                here = {name: best_problem.curves[name][pair] for name, pair in best.choice.items()}
-                table = table.scaled(around.factors(here))
-                bent = self._problem(table)
-                again = self._solve(bent)
-                found = self._joint(again.choice)
-                rounds.append({"predicted": again.predicted, "measured": found})
-                if found >= measured:
+                bent = around.factors({name: best.problem.curves[name][pair] for name, pair in choice.items()})
+                again = found({name: best.factors[name] * bent[name] for name in bent}, self._solve)
+                rounds.append(self._round("curves rescaled at the solution", again))
+                if again.measured >= best.measured:
                     break
-                best, best_problem, measured = again, bent, found
-            document = self._document(best, best_problem, measured, rounds)
+                best = again
+            if recipe.proposals:
+                best = search(
+                    best,
+                    lambda factors: self._problem(self.table.scaled(factors)),
+                    solve_lagrangian,
+                    lambda solution: self._joint(solution.choice, self._judges),
+                    recipe.proposals,
+                    self.recipe.seed,
+                    self.workspace.reporter.progress,
+                )
+                rounds.append(self._round("best of the proposals", best))
+            document = self._document(best, rounds)
             (folder / "allocation.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
         return self.workspace.stage("allocation", key, build)
@@ -304,21 +318,32 @@ class Allocating(Calibration):
         document: dict[str, Any] = json.loads((self.allocated.path / "allocation.json").read_text(encoding="utf-8"))
         return document
 
-    def _document(
-        self, solution: Solution, problem: Problem, measured: float, rounds: list[dict[str, float]]
-    ) -> dict[str, Any]:
+    def _round(self, curves: str, found: Found) -> dict[str, Any]:
+        """What is reported of one solution: by the curves as measured, by those it solves, and measured whole."""
+        return {
+            "curves": curves,
+            "predicted": self._problem(self.table).distortion(found.solution.choice),
+            "predicted_by_these_curves": found.solution.predicted,
+            "certified_gap": found.solution.gap,
+            "measured": found.measured,
+        }
+
+    def _document(self, found: Found, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        solution, problem, measured = found.solution, found.problem, found.measured
         recipe = self.recipe.allocation
         uniform = self._uniform(self.recipe.widths)
         prepared = {None, *self.candidate_widths}
         ready = all({pair.weight, pair.activation} <= prepared for pair in uniform.values())
-        compared = self._joint(uniform) if ready else None  # widths that are no candidates have no quantizers
+        compared = (
+            self._joint(uniform, self._judges) if ready else None
+        )  # widths that are no candidates have no quantizers
         sizes = {name: self._sizes(choice) for name, choice in (("allocated", solution.choice), ("uniform", uniform))}
         return {
             "method": recipe.method,
             "budget": recipe.budget or f"{self.recipe.bits} on average",
             "lambda": dict(solution.multipliers),
             "rate": {r.name: {"used": r.used(solution.choice), "limit": r.limit} for r in problem.resources},
-            "predicted_distortion": solution.predicted,
+            "predicted_distortion": self._problem(self.table).distortion(solution.choice),
             "measured_distortion": measured,
             "certified_gap": solution.gap,
             "choice": {name: str(pair) for name, pair in solution.choice.items()},
@@ -326,6 +351,7 @@ class Allocating(Calibration):
                 "distortion": recipe.metric,
                 "sensitivity": recipe.sensitivity,
                 "entries": len(self._entries),
+                "measured_entries": len(self._judges),
                 "measured_with": "all layers quantized at once, rounding to nearest, before any refinement or training",
                 "additivity": rounds,
                 "uniform": {"bits": self.recipe.bits, "measured_distortion": compared, **sizes["uniform"]},
@@ -373,7 +399,7 @@ class Allocating(Calibration):
             "limit": {r.name: r.limit for r in problem.resources} if method != "uniform" else None,
             **self._sizes(choice),
             "predicted_distortion": problem.distortion(choice) if known else None,
-            "measured_distortion": self._joint(choice),
+            "measured_distortion": self._joint(choice, self._judges),
             "certified_gap": gap,
         }
 
@@ -392,15 +418,23 @@ class Allocating(Calibration):
             stored += min((c for c in self.profile.weight_containers if c >= bits), default=32) * info.parameters / 8
         return {"nominal_bytes": round(nominal), "stored_bytes": round(stored)}
 
-    def _joint(self, choice: Mapping[str, WidthPair]) -> float:
+    def _joint(self, choice: Mapping[str, WidthPair], entries: CalibrationSet) -> float:
         return measure_joint(
-            self.model.denoiser, self.candidates, choice, self._entries, self._denoise,
+            self.model.denoiser, self.candidates, choice, entries, self._denoise,
             metric_named(self.recipe.allocation.metric), self.recipe.calibration.batch_size,
         )  # fmt: skip
 
     @cached_property
-    def _entries(self) -> Any:
-        """Calibration entries spread over every step; the same for prediction and measurement."""
+    def _judges(self) -> CalibrationSet:
+        """Entries that whole plans are measured on: more than curves are, since that takes one forward, not thousands.
+
+        Another seed, so that allocations chosen by the curves' entries are not judged by those alone.
+        """
+        return self.calibration_set.subset(_JUDGES * self.recipe.allocation.entries, self.recipe.seed + 1)
+
+    @cached_property
+    def _entries(self) -> CalibrationSet:
+        """Calibration entries spread over every step, that curves are measured on."""
         chosen = self.calibration_set.subset(self.recipe.allocation.entries, self.recipe.seed)
         rows = len(np.unique(self.row_map[chosen.timesteps.numpy()]))
         if rows < int(self.row_map.max()) + 1:

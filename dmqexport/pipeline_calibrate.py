@@ -40,7 +40,7 @@ STAGE_VERSIONS = {
     "scaling": 1,
     "candidates": 1,
     "sensitivity": 1,
-    "allocation": 1,
+    "allocation": 2,
     "pareto": 1,
     "statistics": 1,
     "plan": 2,

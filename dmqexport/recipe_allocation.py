@@ -43,9 +43,12 @@ class AllocationRecipe(Section):
     floors: dict[str, str] = Field(default_factory=dict, description="pattern → wNaM, the least; the last match wins")
     ceilings: dict[str, str] = Field(default_factory=dict, description="pattern → wNaM, the most; the last match wins")
     entries: int = Field(default=80, ge=1, description="trajectory points that distortion is averaged over")
-    probes: int = Field(default=2, ge=1, description="random directions of the sketch for each of them")
+    probes: int = Field(default=4, ge=1, description="random directions of the sketch for each of them")
     relinearize: int = Field(
         default=1, ge=0, description="rounds of rescaling curves at the solution; kept when better"
+    )
+    proposals: int = Field(
+        default=16, ge=0, description="allocations for randomly bent curves, measured whole; the best one is kept"
     )
     pareto: bool = Field(default=False, description="also allocate at budgets around this one, for the curve")
     latency_table: str | None = Field(default=None, description="JSON, layer pattern → {w4a8: ms}, for a budget in ms")

@@ -14,7 +14,16 @@ from dmqexport.recipe import load_recipe
 #: Two widths, few entries, nothing that allocation does not need.
 QUICK = (
     *("--set", "allocation.weight_bits=[2, 4, 8]", "--set", "allocation.activation_bits=[4, 8]"),
-    *("--set", "allocation.entries=12", "--set", "scaling.method=none", "--set", "quantization.rounding=nearest"),
+    *(
+        "--set",
+        "allocation.entries=12",
+        "--set",
+        "allocation.proposals=2",
+        "--set",
+        "scaling.method=none",
+        "--set",
+        "quantization.rounding=nearest",
+    ),
 )
 
 
@@ -47,6 +56,7 @@ def test_average_bits_are_kept_and_the_plan_says_how_they_were_chosen(tiny_plain
     assert 0 <= allocation["certified_gap"] < 0.01
     assert allocation["predicted_distortion"] > 0
     assert allocation["measured_distortion"] == min(entry["measured"] for entry in allocation["additivity"])
+    assert [entry["curves"].split()[0] for entry in allocation["additivity"]] == ["curves", "curves", "best"]
     assert {layer["weight_bits"] for layer in found["layers"]} <= {2, 4, 8}
     assert all(layer["weight_bits"] == 8 for layer in found["layers"] if layer["reason"].startswith("boundary"))
     curve = json.loads(Path(answer.json["artifacts"]["pareto"]).read_text())

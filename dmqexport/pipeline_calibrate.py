@@ -47,7 +47,7 @@ STAGE_VERSIONS = {
     "training-set": 1,
     "draft": 1,
     "step-errors": 2,
-    "row-bits": 3,
+    "row-bits": 4,
     "blocks": 1,
     "network": 2,
     "export": 1,

@@ -119,7 +119,13 @@ def test_canonical_graph_computes_what_the_fast_one_does(text_bundle: Built, tmp
     assert answer.json["target"] == "onnx"
     assert answer.json["latency"] is None
     inputs = random_inputs(2, True)
-    left, right = (session(path).run(None, inputs)[0] for path in (text_bundle.path, tmp_path / "onnx"))
+    # The canonical graph is the reference with ONNX Runtime's rewrites off: its fusions of Q/DQ add in another order,
+    # and at 4 bits this random network answers one rounding tie that tips with noise as large as its own.
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    path = str(tmp_path / "onnx" / "unet" / "model.onnx")
+    canonical = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    left, right = (one.run(None, inputs)[0] for one in (session(text_bundle.path), canonical))
     signal_power, noise = (right**2).sum(), ((left - right) ** 2).sum()
     assert 10 * np.log10(signal_power / max(noise, 1e-30)) > 60
 
@@ -227,10 +233,11 @@ def test_second_build_reuses_everything_and_replaces_the_bundle(plain_bundle: Bu
     assert (output / "dmqexport" / "manifest.json").read_bytes() == before
 
 
-def test_other_bits_reuse_calibration_and_export(plain_bundle: Built, tmp_path: Path) -> None:
+def test_other_bits_reuse_the_trajectories(plain_bundle: Built, tmp_path: Path) -> None:
     answer = build(plain_bundle.model, tmp_path / "out", plain_bundle.work, "--bits", "w6a8", verb="export")
     assert answer.code == 0, answer.err
-    expected = {"trajectories": True, "statistics": True, "plan": False, "export": True, "passes": False}
+    # Channel factors are chosen at the bits that are asked for, and everything behind them sees them.
+    expected = {"trajectories": True, "scaling": False, "statistics": False, "plan": False, "export": False}
     assert {stage: answer.stages[stage] for stage in expected} == expected
 
 
@@ -265,7 +272,7 @@ def test_a_stopped_build_loses_only_its_stage(tiny_plain: Path, tmp_path: Path, 
     assert process.stderr is not None
     assert process.stdout.readline() == "stuck\n", process.stderr.read()
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     if how is signal.SIGINT:
         assert process.returncode == 130
         assert err.splitlines()[-1] == "interrupted; finished stages are kept, the same command resumes"

@@ -78,6 +78,7 @@ class Candidates:
         search: RangeMethod = "mse",
         factors: Mapping[str, FloatArray] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        timestep_scale: float = 1.0,
     ) -> None:
         """Freeze every layer at each of `widths`, rounding to nearest, into `folder`; `search`, `factors` as `freeze`.
 
@@ -96,6 +97,7 @@ class Candidates:
             plan = freeze(
                 denoiser, found, bits, statistics, row_map, None, model_fingerprint, str(widths_here),
                 target / "codes.safetensors", progress=advance, search=search, factors=factors,
+                timestep_scale=timestep_scale,
             )  # fmt: skip
             plan.save(target)
 

@@ -83,6 +83,7 @@ def freeze(
     search: RangeMethod = "mse",
     factors: Mapping[str, FloatArray] | None = None,
     row_bits: RowBits | None = None,
+    timestep_scale: float = 1.0,
 ) -> QuantPlan:
     """Choose every scale and zero_point as `search` says, write the weight codes to `codes_path`, return the plan.
 
@@ -116,6 +117,7 @@ def freeze(
         model_fingerprint=model_fingerprint,
         bits=requested,
         row_map=row_map,
+        timestep_scale=timestep_scale,
         rows=int(row_map.max()) + 1,
         layers=tuple(layers),
         attentions=tuple(attentions),

@@ -128,6 +128,7 @@ class Observer:
         accumulators: dict[str, _Accumulator] = {}
         entries: list[int] = []
         rows: list[int] = []
+        timesteps = calibration.timesteps
 
         def accumulator(key: str, dependent: bool) -> _Accumulator:
             if key not in accumulators:
@@ -160,7 +161,7 @@ class Observer:
         with removing(handles), torch.no_grad(), ModuleStack(denoiser) as stack:
             for index, batch in calibration.batches(batch_size):
                 entries[:] = index.tolist()
-                rows[:] = self._row_map[batch["timestep"].clamp(0, self._row_map.numel() - 1)].tolist()
+                rows[:] = self._row_map[timesteps[index].clamp(0, self._row_map.numel() - 1)].tolist()
                 if self._attention:
                     with AttentionMode(stack, attend):
                         run(batch)

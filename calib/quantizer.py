@@ -1,5 +1,6 @@
 """Fake-quantized layers that compute what the deployed graph computes: the same codes, in the same order."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +26,11 @@ class RowContext:
     rows: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     codes: dict[str, Tensor] | None = None
     listeners: list[Callable[[], None]] = field(default_factory=list)
+    timestep_scale: float = 1.0
 
     def set_timestep(self, timestep: object, batch: int) -> None:
         """Look the rows of `timestep` up; one a sample."""
-        values = broadcast_timestep(timestep, batch)
+        values = broadcast_timestep(timestep, batch, self.timestep_scale)
         outside = values[(values < 0) | (values >= self.row_map.numel())]
         if outside.numel():
             raise CalibrationError(f"timestep {int(outside[0])} outside the table's 0 to {self.row_map.numel() - 1}")
@@ -194,7 +196,7 @@ def simulate(denoiser: nn.Module, plan: QuantPlan, weights: QuantWeights) -> Ite
     The denoiser may be called as usual (diffusers pipelines included): rows follow the timestep it is called with.
     Raises CalibrationError when a planned layer is not in the model.
     """
-    context = RowContext(torch.from_numpy(plan.row_map.copy()))
+    context = RowContext(torch.from_numpy(plan.row_map.copy()), timestep_scale=plan.timestep_scale)
     attentions = {item.name: QuantizedAttention(item, context) for item in plan.attentions}
 
     def make(layer: LayerQuant, base: nn.Conv2d | nn.Linear) -> nn.Module:
@@ -218,6 +220,7 @@ def swapped(
     CalibrationError when a planned layer is not in the model.
     """
     originals: dict[str, nn.Module] = {}
+    parameters = list(inspect.signature(denoiser.forward).parameters)
 
     def attend(name: str, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
         if name in attentions:
@@ -225,10 +228,10 @@ def swapped(
         return F.scaled_dot_product_attention(query, key, value, **extra)
 
     def set_rows(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        sample = kwargs.get("sample", args[0] if args else None)
-        timestep = kwargs.get(TIMESTEP, args[1] if len(args) > 1 else None)
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        sample, timestep = given.get(parameters[0]), given.get(TIMESTEP)
         if sample is None or timestep is None:
-            raise CalibrationError("the denoiser must be called with a sample and a timestep")
+            raise CalibrationError(f"the denoiser must be called with {parameters[0]!r} and {TIMESTEP!r}")
         context.set_timestep(timestep, sample.shape[0])
 
     try:

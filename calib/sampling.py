@@ -1,6 +1,6 @@
 """Denoiser inputs along float trajectories: recorded from a running pipeline, stored as safetensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ TIMESTEP = "timestep"
 class CalibrationSet:
     """Inputs of the denoiser, one entry a (trajectory, step, guidance half).
 
-    inputs: name → tensor [entries, ...], with `timestep` int64 [entries]; trajectory and step: int64 [entries].
+    inputs: name → tensor [entries, ...], with `timestep` int64 or float32 [entries]; trajectory and step: int64
+    [entries]. timestep_scale: what a timestep is multiplied by before it is rounded to its key in the timestep table.
     """
 
     inputs: Mapping[str, Tensor]
     trajectory: Tensor
     step: Tensor
+    timestep_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if TIMESTEP not in self.inputs:
@@ -45,12 +47,16 @@ class CalibrationSet:
 
     @property
     def timesteps(self) -> Tensor:
-        """int64 [entries]."""
-        return self.inputs[TIMESTEP]
+        """int64 [entries], as keys of the timestep table."""
+        return timestep_keys(self.inputs[TIMESTEP], self.timestep_scale)
 
     def select(self, index: Tensor) -> dict[str, Tensor]:
         """Return the inputs of the entries in `index` (int64 [n])."""
         return {name: value[index] for name, value in self.inputs.items()}
+
+    def at(self, index: Tensor) -> "CalibrationSet":
+        """Return the set of the entries in `index` (int64 [n]), in that order."""
+        return CalibrationSet(self.select(index), self.trajectory[index], self.step[index], self.timestep_scale)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield (entry indices, inputs) in order, at most `size` entries each."""
@@ -67,20 +73,20 @@ class CalibrationSet:
         # Stable sort by step, then take every k-th: every step keeps its share.
         order = order[torch.argsort(self.step[order], stable=True)]
         picked = order[torch.linspace(0, len(self) - 1, count).round().long()].sort().values
-        return CalibrationSet(self.select(picked), self.trajectory[picked], self.step[picked])
+        return self.at(picked)
 
     def save(self, path: Path) -> None:
         """Write to `path` as safetensors."""
         tensors = {f"inputs.{name}": value.contiguous() for name, value in self.inputs.items()}
         order = {"trajectory": self.trajectory.contiguous(), "step": self.step.contiguous()}
-        save_file({**tensors, **order}, str(path))
+        save_file({**tensors, **order, "timestep_scale": torch.tensor(self.timestep_scale)}, str(path))
 
     @classmethod
     def load(cls, path: Path) -> "CalibrationSet":
         """Read what `save` wrote."""
         tensors = load_file(str(path))
         inputs = {name.removeprefix("inputs."): value for name, value in tensors.items() if name.startswith("inputs.")}
-        return cls(inputs, tensors["trajectory"], tensors["step"])
+        return cls(inputs, tensors["trajectory"], tensors["step"], float(tensors["timestep_scale"]))
 
     @classmethod
     def concatenate(cls, parts: "list[CalibrationSet]") -> "CalibrationSet":
@@ -89,21 +95,25 @@ class CalibrationSet:
             {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs},
             torch.cat([part.trajectory for part in parts]),
             torch.cat([part.step for part in parts]),
+            parts[0].timestep_scale,
         )
 
 
 class TrajectoryRecorder:
     """Context manager: records what a pipeline feeds its denoiser, call by call, without changing anything.
 
-    One call is one sampling step of a batch. `trajectories` is the number of pictures in that batch; a guided call
-    carries a multiple of it.
+    One call is one sampling step of a batch. `bind` turns the arguments of a call into the inputs by name, each
+    [batch, ...]. `trajectories` is the number of pictures in that batch; a guided call carries a multiple of it.
     """
 
-    def __init__(self, denoiser: nn.Module, input_names: tuple[str, ...], trajectories: int, first: int = 0) -> None:
+    def __init__(
+        self, denoiser: nn.Module, bind: "BindCall", trajectories: int, first: int = 0, timestep_scale: float = 1.0
+    ) -> None:
         self._denoiser = denoiser
-        self._input_names = input_names
+        self._bind = bind
         self._trajectories = trajectories
         self._first = first
+        self._timestep_scale = timestep_scale
         self._calls: list[dict[str, Tensor]] = []
         self._handle: Any = None
 
@@ -115,20 +125,14 @@ class TrajectoryRecorder:
         self._handle.remove()
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(self._input_names, args, strict=False))
-        named.update({name: kwargs[name] for name in self._input_names if name in kwargs})
-        missing = [name for name in self._input_names if named.get(name) is None]
-        if missing:
-            raise CalibrationError(f"the pipeline calls its denoiser without {missing}")
-        batch = named["sample"].shape[0]
-        named[TIMESTEP] = broadcast_timestep(named[TIMESTEP], batch)
-        self._calls.append({name: torch.as_tensor(value).detach().cpu().clone() for name, value in named.items()})
+        named = dict(self._bind(args, kwargs))
+        self._calls.append({name: value.detach().cpu().clone() for name, value in named.items()})
 
     def result(self) -> CalibrationSet:
         """Return what was recorded; raises CalibrationError when nothing was."""
         if not self._calls:
             raise CalibrationError("the pipeline never called its denoiser")
-        entries = [call["sample"].shape[0] for call in self._calls]
+        entries = [call[TIMESTEP].shape[0] for call in self._calls]
         trajectory = [torch.arange(count) % self._trajectories + self._first for count in entries]
         step = [torch.full((count,), index) for index, count in enumerate(entries)]
         names = self._calls[0].keys()
@@ -136,15 +140,23 @@ class TrajectoryRecorder:
             {name: torch.cat([call[name] for call in self._calls]) for name in names},
             torch.cat(trajectory),
             torch.cat(step),
+            self._timestep_scale,
         )
 
 
-def broadcast_timestep(timestep: object, batch: int) -> Tensor:
-    """Return int64 [batch] from the scalar, [1] or [batch] timestep a pipeline passes (floats are rounded)."""
-    tensor = torch.as_tensor(timestep)
-    if tensor.is_floating_point():
-        tensor = tensor.round()
-    return tensor.to(torch.int64).reshape(-1).expand(batch).contiguous()
+BindCall = Callable[[Sequence[Any], Mapping[str, Any]], Mapping[str, Tensor]]
+
+
+def timestep_keys(timestep: Tensor, scale: float = 1.0) -> Tensor:
+    """int64, the keys of timesteps in the timestep table: integers as they are, floats times `scale`, rounded."""
+    if timestep.is_floating_point():
+        return (timestep * scale).round().to(torch.int64)
+    return timestep.to(torch.int64)
+
+
+def broadcast_timestep(timestep: object, batch: int, scale: float = 1.0) -> Tensor:
+    """Return the keys, int64 [batch], of the scalar, [1] or [batch] timestep a pipeline passes."""
+    return timestep_keys(torch.as_tensor(timestep), scale).reshape(-1).expand(batch).contiguous()
 
 
 def seeded_generator(seed: int, *keys: object) -> np.random.Generator:

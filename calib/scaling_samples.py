@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.probe import ProbeResult, removing
-from calib.sampling import TIMESTEP, CalibrationSet
+from calib.sampling import CalibrationSet
 from dmqexport.quant_types import IntArray
 
 _MEMORY_BYTES = 2**30
@@ -107,7 +107,7 @@ def gather_samples(
     Tensors are gathered in groups, one pass over the calibration set each, so that memory stays bounded.
     """
     each = max(1, -(-vectors // len(calibration)))
-    rows_of = torch.from_numpy(row_map.copy())
+    rows_of, timesteps = torch.from_numpy(row_map.copy()), calibration.timesteps
     for group in _groups(tensors, each * len(calibration)):
         collectors = {item.key: _Collector(item, each, seed ^ zlib.crc32(item.key.encode())) for item in group}
         rows: list[int] = []
@@ -127,8 +127,8 @@ def gather_samples(
             for name, items in by_reader.items()
         ]
         with removing(handles), torch.no_grad():
-            for _, batch in calibration.batches(batch_size):
-                rows[:] = rows_of[batch[TIMESTEP].clamp(0, len(rows_of) - 1)].tolist()
+            for index, batch in calibration.batches(batch_size):
+                rows[:] = rows_of[timesteps[index].clamp(0, len(rows_of) - 1)].tolist()
                 run(batch)
         for item in group:
             yield item, collectors.pop(item.key).result()

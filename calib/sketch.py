@@ -43,7 +43,7 @@ def measure_sketch(
     gradients of each layer's output. Finished (batch, layer) parts are read from `journal` and new ones appended.
     """
     kept = Journal(journal)
-    context = RowContext(torch.from_numpy(candidates.row_map.copy()))
+    context = RowContext(torch.from_numpy(candidates.row_map.copy()), timestep_scale=calibration.timestep_scale)
     batches = list(calibration.batches(batch_size))
     total, done = len(batches) * len(pairs), 0
     for number, (entries, inputs) in enumerate(batches):

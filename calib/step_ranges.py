@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.probe import ProbeResult, removing
-from calib.sampling import TIMESTEP, CalibrationSet
+from calib.sampling import CalibrationSet
 from dmqexport.errors import CalibrationError
 from dmqexport.quant_plan import LayerOp
 from dmqexport.quant_types import IntArray
@@ -52,7 +52,7 @@ def step_ranges(
     with removing(handles), torch.no_grad():
         for _, batch in calibration.batches(batch_size):
             run(batch)
-    used, step = np.unique(calibration.inputs[TIMESTEP].numpy(), return_inverse=True)
+    used, step = np.unique(calibration.timesteps.numpy(), return_inverse=True)
     counts = np.bincount(step, minlength=len(used)).astype(np.float64)[:, np.newaxis]
     columns = []
     for pairs in ends.values():

@@ -275,7 +275,9 @@ class TrainableModel:
 
     def __init__(self, plan: QuantPlan, options: TrainOptions) -> None:
         self.plan, self.options = plan, options
-        self.context = RowContext(torch.from_numpy(plan.row_map.copy()), listeners=[self.forget])
+        self.context = RowContext(
+            torch.from_numpy(plan.row_map.copy()), listeners=[self.forget], timestep_scale=plan.timestep_scale
+        )
         self.tables = Tables(plan.rows, self.context)
         self.layers: dict[str, TrainableLayer] = {}
         self.attentions: dict[str, TrainableAttention] = {}

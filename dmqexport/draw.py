@@ -10,11 +10,11 @@ from PIL import Image
 
 from dmqexport.bundle import Bundle
 from dmqexport.errors import RecipeError
-from dmqexport.models.family import family_of
 from dmqexport.models.loading import LoadedModel
+from dmqexport.models.pipeline_kinds import kind_of
 from dmqexport.models.sampling import sample_images
 from dmqexport.models.schedulers import build_scheduler
-from dmqexport.runtime import load_pipeline
+from dmqexport.runtime import QuantizedDenoiser, load_pipeline
 from dmqexport.workspace import Reporter, file_errors, writable_folder
 
 _BATCH = 8
@@ -84,18 +84,20 @@ def _as_model(bundle: Bundle, threads: int | None, scheduler: str | None) -> Loa
     pipeline = load_pipeline(bundle.path, threads=threads)
     if scheduler is not None:
         pipeline.register_modules(scheduler=build_scheduler(bundle.path / "scheduler", scheduler))
-    family = family_of(str(bundle.manifest["model"]["family"]))
+    name = str(bundle.manifest["component"])
+    denoiser: QuantizedDenoiser = getattr(pipeline, name)
+    kind = kind_of(type(pipeline).__name__)
     return LoadedModel(
         name=str(bundle.manifest["model"]["name"]),
         source=str(bundle.path),
         folder=bundle.path,
-        family=family,
-        denoiser=pipeline.unet,
+        family=denoiser.family,
+        denoiser=denoiser,
         pipeline=pipeline,
         tokens=None,
         num_train_timesteps=int(bundle.manifest["num_timesteps"]),
         fingerprint=str(bundle.manifest["model"]["fingerprint"]),
-        default_prompts=("",) if "encoder_hidden_states" in family.input_names else (),
+        default_prompts=("",) if kind is None or kind.conditions != "none" else (),
         default_guidance=float(bundle.manifest["sampling"]["guidance"]),
         default_steps=int(bundle.manifest["sampling"]["steps"]),
         preset=None,

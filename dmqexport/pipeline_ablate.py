@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from calib.quantizer import simulate
 from dmqexport.errors import DmqExportError, RecipeError
+from dmqexport.models.family import call_diffusers
 from dmqexport.models.sampling import sample_images, set_denoiser
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_validate import Array, Validation, sqnr_db
@@ -67,10 +68,10 @@ class Judge:
 
     def predict(self, denoiser: nn.Module) -> Tensor:
         """Predicted noise of `denoiser` on every evaluation point, float32 [entries, ...]."""
-        entries = self.validation.reference.entries
+        build, entries = self.build, self.validation.reference.entries
         with torch.no_grad():
             parts = [
-                denoiser(**inputs, return_dict=False)[0]
+                call_diffusers(build.model.family, denoiser, inputs)
                 for _, inputs in entries.batches(self.validation.recipe.batch_size)
             ]
         return torch.cat(parts)

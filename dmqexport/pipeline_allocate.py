@@ -206,6 +206,7 @@ class Allocating(Calibration):
                 search=self.recipe.quantization.range,
                 factors=self.scaling.factors,
                 progress=self.workspace.reporter.progress,
+                timestep_scale=self.model.family.timestep_scale,
             )
 
         self._candidates_record = self.workspace.stage("candidates", key, build)

@@ -151,7 +151,11 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
         "inputs": signature,
         "outputs": list(runner.output_names),
         "session": {"config": {}, "cpu_features": features},
-        "sampling": {"steps": build.steps, "guidance": build.guidance},
+        "sampling": {
+            "steps": build.steps,
+            "guidance": build.guidance,
+            "latent_size": None if build.model.size is None else list(build.model.size),
+        },
         "engine": {
             key: build.compiled.document[key] for key in ("target", "version", "layers_proven", "layers_planned")
         }

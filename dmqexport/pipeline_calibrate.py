@@ -36,7 +36,7 @@ from dmqexport.workspace import StageRecord, Workspace, content_key
 
 #: Raise a stage's number when its result changes for the same inputs, so that old work folders are not reused.
 STAGE_VERSIONS = {
-    "trajectories": 1,
+    "trajectories": 2,
     "scaling": 1,
     "candidates": 1,
     "sensitivity": 1,
@@ -95,6 +95,7 @@ class Calibration:
             scheduler=sampling.scheduler,
             revision=self.recipe.revision,
             embeddings=self.recipe.calibration.embeddings,
+            size=sampling.latent_size,
         )
         check_recipe(self.recipe, loaded)
         reporter.finished("load", time.perf_counter() - start, False)
@@ -182,7 +183,7 @@ class Calibration:
     def row_map(self) -> np.ndarray[Any, Any]:
         """int64 [training timesteps], timestep value → row."""
         calibration, used = self.recipe.calibration, np.unique(self.calibration_set.timesteps.numpy())
-        total = self.model.num_train_timesteps
+        total = self.model.num_timesteps
         if calibration.row_assignment == PER_STEP:
             return per_step(total, used)
         if calibration.row_assignment == CLUSTER:
@@ -254,7 +255,7 @@ class Calibration:
         """What can be quantized, found by running the float model twice."""
         entries = self.calibration_set
         first, last = int(torch.argmin(entries.timesteps)), int(torch.argmax(entries.timesteps))
-        varying = {"sample", TIMESTEP}
+        varying = {self.model.family.input_names[0], TIMESTEP}
 
         def run(index: int) -> Tensor:
             inputs = entries.select(torch.tensor([first]))
@@ -393,6 +394,7 @@ class Calibration:
             quantization.range,
             factors=self.scaling.factors,
             row_bits=row_bits,
+            timestep_scale=self.model.family.timestep_scale,
         )
 
     @property

@@ -14,7 +14,6 @@ from calib.network_distill import guidance_pairs, teacher_outputs
 from calib.observer import load_statistics
 from calib.quantizer import simulate
 from calib.row_allocation import allocate_rows, offset_costs
-from calib.sampling import CalibrationSet
 from dmqexport.pipeline_allocate import Allocating
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_steps import StepErrors, measure_step_errors
@@ -119,7 +118,7 @@ class RowAllocating(Allocating):
         pairs = guidance_pairs(data)
         pairs = pairs[data.trajectory[pairs[:, 0]] < _ENTRIES]
         index = pairs.flatten()
-        chosen = CalibrationSet(data.select(index), data.trajectory[index], data.step[index])
+        chosen = data.at(index)
         size = self.recipe.calibration.batch_size
         exact = teacher_outputs(chosen, self._denoise, size)
         draft, codes = QuantPlan.load(self.drafted.path), QuantWeights(self.drafted.path / WEIGHT_CODES)

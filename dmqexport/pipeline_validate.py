@@ -242,7 +242,7 @@ class Validation:
         build = self.build
         component = build.model.family.component
         original = getattr(build.model.pipeline, component)
-        denoiser = QuantizedDenoiser(self.runner, build.denoiser_config, build.model.num_train_timesteps)
+        denoiser = QuantizedDenoiser(self.runner, build.model.family, build.denoiser_config, build.model.num_timesteps)
         set_denoiser(build.model.pipeline, denoiser)
         try:
             result = sample_images(

@@ -169,7 +169,8 @@ class Allocation:
 
 @dataclass(frozen=True, eq=False)
 class QuantPlan:
-    """Everything the graph needs to know. row_map: int64 [timesteps], timestep value → table row.
+    """Everything the graph needs to know. row_map: int64 [keys], timestep → table row; the key of an integer timestep
+    is itself, that of a float one is round(timestep · timestep_scale).
 
     scaling: for people, how the channel factors were chosen and what they did: `method`, and under `tensors` by
     `layer#segment` of a tensor's first reader the choice, where it was applied, and its effects.
@@ -185,6 +186,7 @@ class QuantPlan:
     allocation: Allocation = field(default_factory=lambda: Allocation("uniform", "", 0.0, None))
     folds: tuple[ChannelFold, ...] = ()
     scaling: Mapping[str, Any] = field(default_factory=dict)
+    timestep_scale: float = 1.0
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -364,6 +366,7 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
         "attentions": attentions,
         "folds": folds,
         "scaling": dict(plan.scaling),
+        "timestep_scale": plan.timestep_scale,
         "float_layers": dict(plan.float_layers),
         "allocation": {
             **plan.allocation.details,
@@ -444,4 +447,5 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
             for item in document["folds"]
         ),
         scaling=document.get("scaling", {}),
+        timestep_scale=float(document.get("timestep_scale", 1.0)),
     )

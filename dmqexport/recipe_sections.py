@@ -42,6 +42,9 @@ class SamplingRecipe(Section):
     scheduler: str | None = Field(default=None, description="short scheduler name, e.g. ddim; null keeps the model's")
     steps: int | None = Field(default=None, ge=1, le=1000, description="denoising steps")
     guidance: float | None = Field(default=None, ge=0, description="classifier-free guidance scale")
+    latent_size: tuple[int, int] | None = Field(
+        default=None, description="height and width of the latents; null: what the model was trained on"
+    )
 
 
 class CalibrationRecipe(Section):

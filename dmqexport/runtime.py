@@ -6,16 +6,20 @@
 Works with every scheduler (the timestep table is keyed on the timestep's value) and with batches that mix timesteps.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from calib.sampling import timestep_keys
 from dmqexport.bundle import Bundle, open_bundle, read_json
-from dmqexport.errors import BundleError, EngineError
+from dmqexport.errors import BundleError, EngineError, ModelError
+from dmqexport.models.family import Family, bind_call, family_of, is_index
 from dmqexport.target import cpu_has_vnni
 from engines.ort import OrtRunner
 
@@ -27,12 +31,18 @@ class QuantizedDenoiser(nn.Module):
     rounded), and optional arguments of other features as long as they are None.
     """
 
-    def __init__(self, runner: OrtRunner, config: dict[str, Any], num_timesteps: int) -> None:
+    def __init__(self, runner: OrtRunner, family: Family, config: Mapping[str, Any], num_timesteps: int) -> None:
         """config: the denoiser's diffusers config; num_timesteps: length of the timestep table."""
         super().__init__()
         self.runner = runner
+        self.family = family
         self.num_timesteps = num_timesteps
         self.config = _Config(config)
+        if "text_embeds" in family.input_names:
+            # Stable Diffusion XL's pipeline reads the width of its conditions here.
+            self.add_embedding = SimpleNamespace(
+                linear_1=SimpleNamespace(in_features=int(config["projection_class_embeddings_input_dim"]))
+            )
         self.register_buffer("_anchor", torch.zeros(0), persistent=False)
 
     @property
@@ -46,54 +56,37 @@ class QuantizedDenoiser(nn.Module):
         return torch.device("cpu")
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        """Predict. sample [B, C, H, W], timestep scalar, [1] or [B]; returns an object with `.sample`, or a 1-tuple.
+        """Predict. sample [B, ...], timestep scalar, [1] or [B]; returns an object with `.sample`, or a 1-tuple.
 
         Raises BundleError for inputs the graph was not built for and for timesteps outside its table.
         """
-        names = self.runner.input_names
-        positional = dict(zip(names, args, strict=False))
-        # Optional arguments may follow by position too, as long as they are not used.
-        twice = [name for name in kwargs if name in positional]
-        if twice or any(value is not None for value in args[len(names) :]):
-            what = f"{twice} is given twice" if twice else f"{len(args)} positional arguments"
-            raise BundleError(f"{what}; the inputs of the deployed graph are {list(names)}")
-        named = {**positional, **kwargs}
-        extra = [name for name, value in named.items() if name not in self.runner.input_names and value is not None]
-        if extra:
-            raise BundleError(
-                f"the deployed graph has no input for {extra}; its inputs are {list(self.runner.input_names)}",
-                hint="ControlNet residuals, added conditions and the like need a graph exported with them",
-            )
-        missing = [name for name in names if named.get(name) is None]
-        if missing:
-            raise BundleError(f"input {', '.join(map(repr, missing))} is missing, got {sorted(named)}")
-        sample = named["sample"]
-        batch = sample.shape[0]
+        try:
+            named = bind_call(self.family, args, kwargs)
+        except ModelError as error:
+            raise BundleError(error.message, hint=error.hint) from error
+        sample = named[self.family.input_names[0]]
         inputs: dict[str, np.ndarray[Any, Any]] = {}
-        for name in names:
-            value = named[name]
-            if name == "timestep":
-                inputs[name] = self._timestep(value, batch)
-            else:
-                inputs[name] = value.detach().to("cpu", torch.float32).contiguous().numpy()
+        for name in self.runner.input_names:
+            dtype = torch.int64 if is_index(self.family, name) else torch.float32
+            inputs[name] = named[name].detach().to("cpu", dtype).contiguous().numpy()
+        self._check_timestep(named["timestep"])
         output = torch.from_numpy(self.runner.run(inputs)[self.runner.output_names[0]])
         output = output.to(sample.device, sample.dtype)
         return SimpleNamespace(sample=output) if return_dict else (output,)
 
-    def _timestep(self, timestep: object, batch: int) -> np.ndarray[Any, Any]:
-        tensor = torch.as_tensor(timestep).detach().cpu()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise BundleError(f"timestep {tensor.tolist()} is not finite")
-        values = (tensor.round() if tensor.is_floating_point() else tensor).to(torch.int64).reshape(-1)
-        if values.numel() not in (1, batch):
-            raise BundleError(f"{values.numel()} timesteps for a batch of {batch}")
-        if int(values.min()) < 0 or int(values.max()) >= self.num_timesteps:
-            outside = values.min() if int(values.min()) < 0 else values.max()
+    def _check_timestep(self, timestep: Tensor) -> None:
+        keys = timestep_keys(timestep, self.family.timestep_scale)
+        if int(keys.min()) < 0 or int(keys.max()) >= self.num_timesteps:
+            outside = keys.min() if int(keys.min()) < 0 else keys.max()
             raise BundleError(
                 f"timestep {int(outside)} outside 0 to {self.num_timesteps - 1}",
                 hint="the scheduler's num_train_timesteps differs from the model's",
             )
-        return values.expand(batch).contiguous().numpy()
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Pipelines name what they compute (conditional or not) for caches; here there is none."""
+        yield
 
 
 class _Config(dict[str, Any]):
@@ -114,7 +107,9 @@ def load_denoiser(bundle: str | Path, *, threads: int | None = None, verify: boo
     opened = open_bundle(Path(bundle), verify=verify)
     check_machine(opened)
     config = read_json(opened.path / opened.component / "config.json")
-    return QuantizedDenoiser(open_runner(opened, threads), config, int(opened.manifest["num_timesteps"]))
+    size = opened.manifest["sampling"].get("latent_size")
+    family = family_of(str(opened.manifest["model"]["family"]), config, tuple(size) if size else None)
+    return QuantizedDenoiser(open_runner(opened, threads), family, config, int(opened.manifest["num_timesteps"]))
 
 
 def open_runner(bundle: Bundle, threads: int | None = None) -> OrtRunner:

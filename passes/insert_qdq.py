@@ -250,17 +250,36 @@ class _Insertion:
             if timestep is None:
                 raise LoweringError(f"insert_qdq: the graph has no input {TIMESTEP!r} to index the table with")
             table = self._builder.constant(np.asarray(self._plan.row_map), ROW_MAP)
-            node = self._builder.node(
-                "Gather", [table, timestep], ROW, before=next(iter(self._graph)), dtype=ir.DataType.INT64
-            )
+            first = next(iter(self._graph))
+            key = self._timestep_key(timestep, first)
+            node = self._builder.node("Gather", [table, key], ROW, before=first, dtype=ir.DataType.INT64)
             self._row = node.outputs[0]
         return self._row
+
+    def _timestep_key(self, timestep: ir.Value, first: ir.Node) -> ir.Value:
+        """The timestep itself where it is an integer, round(timestep · scale) where it is a float; before `first`."""
+        if timestep.dtype == ir.DataType.INT64:
+            return timestep
+        builder, name = self._builder, "dmqexport/timestep"
+        if self._plan.timestep_scale != 1.0:
+            scale = builder.scalar(self._plan.timestep_scale, f"{name}_scale")
+            scaled = builder.node("Mul", [timestep, scale], f"{name}_scaled", before=first, like=timestep)
+            timestep = scaled.outputs[0]
+        rounded = builder.node("Round", [timestep], f"{name}_rounded", before=first, like=timestep)
+        node = builder.node(
+            "Cast", [rounded.outputs[0]], f"{name}_key", before=first, attributes={"to": ir.DataType.INT64},
+            dtype=ir.DataType.INT64,
+        )  # fmt: skip
+        return node.outputs[0]
 
     def _first(self, row: ir.Value) -> ir.Node | None:
         """The node after the row index: gathers go to the top, so that any later node may read them."""
         producer = row.producer()
         assert producer is not None
-        return next(node for node in self._graph if node is not producer)
+        nodes = iter(self._graph)
+        while next(nodes) is not producer:
+            pass
+        return next(nodes)
 
     # After the operator
 

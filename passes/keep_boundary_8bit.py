@@ -7,6 +7,9 @@ from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import MAX_BITS
 from passes.base import Role, module_of, role_of
 
+#: names of the input that is denoised, by family.
+SAMPLES = ("sample", "hidden_states")
+
 
 class KeepBoundary8Bit(ir.passes.InPlacePass):
     """Refuse a plan whose layers nearest to `sample` and to the output have fewer than 8 bits; changes nothing.
@@ -35,7 +38,7 @@ class KeepBoundary8Bit(ir.passes.InPlacePass):
     def boundary(graph: ir.Graph) -> list[tuple[str, str]]:
         """Return ("first" | "last", module) pairs."""
         found: list[tuple[str, str]] = []
-        sample = next((value for value in graph.inputs if value.name == "sample"), None)
+        sample = next((value for value in graph.inputs if value.name in SAMPLES), None)
         if sample is not None:
             found += [("first", name) for name in _nearest([use.node for use in sample.uses()], forward=True)]
         producers = [node for value in graph.outputs if (node := value.producer()) is not None]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,12 @@ from calib.quantizer import simulate
 from calib.sampling import CalibrationSet, TrajectoryRecorder
 from calib.timestep_table import equal_groups, used_rows
 from dmqexport.models import emoji
+from dmqexport.models.family import bind_call
 from dmqexport.models.unet2d_condition import UNet2DConditionFamily
 from dmqexport.quant_plan import QuantWeights
 from dmqexport.quant_types import BitWidths
 
-FAMILY = UNet2DConditionFamily()
+FAMILY = UNet2DConditionFamily({"sample_size": 8, "in_channels": 4, "cross_attention_dim": 128})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -222,7 +224,7 @@ def emoji_calibration() -> tuple[UNet2DConditionModel, CalibrationSet]:
     pipeline = StableDiffusionPipeline.from_pretrained(emoji.pipeline_folder(), low_cpu_mem_usage=False)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    with torch.no_grad(), TrajectoryRecorder(pipeline.unet, FAMILY.input_names, 2) as recorder:
+    with torch.no_grad(), TrajectoryRecorder(pipeline.unet, partial(bind_call, FAMILY), 2) as recorder:
         pipeline(
             ["heavy black heart", "dog face"],
             num_inference_steps=6,

@@ -7,14 +7,21 @@ import torch
 from torch import nn
 
 from dmqexport.errors import BackendMissingError, ModelError, ResourceError
+from dmqexport.models.family import family_of
 from dmqexport.models.layout import Component, Layout
+from dmqexport.models.pipeline_kinds import check_parts
 from dmqexport.models.schedulers import SCHEDULERS, UNCONDITIONAL, build_scheduler, scheduler_class
 
 
-def assemble(layout: Layout, swap: str | None, replacements: Mapping[str, Any] | None = None) -> Any:
+def assemble(
+    layout: Layout,
+    swap: str | None,
+    replacements: Mapping[str, Any] | None = None,
+    size: tuple[int, int] | None = None,
+) -> Any:
     """The diffusers pipeline of `layout`, float32, eval, without gradients; `swap` names another scheduler.
 
-    replacements: component name → object to use in its place.
+    replacements: component name → object to use in its place. size: (height, width) of a bare denoiser's latents.
 
     Raises ModelError for weights that do not fit their configuration or hold NaN or infinity, and for schedulers that
     the pipeline cannot drive; ResourceError when memory runs out; BackendMissingError when a library is missing.
@@ -23,40 +30,19 @@ def assemble(layout: Layout, swap: str | None, replacements: Mapping[str, Any] |
     given = dict(replacements or {})
     stored = layout.components.items()
     parts = {name: given[name] if name in given else _load(part) for name, part in stored if name != "scheduler"}
-    if "tokenizer" in parts or _is_conditional(layout):
-        return _text_pipeline(parts, scheduler)
-    return _unconditional_pipeline(layout, parts["unet"], scheduler, swap)
+    denoiser, kind = parts[layout.denoiser], layout.kind
+    if kind is None or kind.conditions == "none":
+        family = family_of(layout.components[layout.denoiser].class_name, denoiser.config, size)
+        if len(family.input_names) > 2:
+            from dmqexport.models.denoising_loop import DenoisingLoop
 
-
-def _is_conditional(layout: Layout) -> bool:
-    return layout.components["unet"].class_name == "UNet2DConditionModel"
-
-
-def _text_pipeline(parts: dict[str, Any], scheduler: Any) -> Any:
-    from diffusers import StableDiffusionPipeline
-
-    unet, text_encoder, vae = parts["unet"], parts.get("text_encoder"), parts.get("vae")
-    if text_encoder is not None and text_encoder.config.hidden_size != unet.config.cross_attention_dim:
-        raise ModelError(
-            f"the text encoder gives vectors of {text_encoder.config.hidden_size}, "
-            f"but the denoiser expects {unet.config.cross_attention_dim}: these parts do not belong together"
-        )
-    if vae is not None and vae.config.latent_channels != unet.config.in_channels:
-        raise ModelError(
-            f"the autoencoder has {vae.config.latent_channels} latent channels, but the denoiser takes "
-            f"{unet.config.in_channels}",
-            hint="inpainting and depth models, whose denoiser takes extra channels, are not supported",
-        )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=parts.get("tokenizer"),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+            return DenoisingLoop(family, denoiser, scheduler)
+    if kind is None or kind.class_name in ("DDPMPipeline", "DDIMPipeline"):
+        return _unconditional_pipeline(layout, denoiser, scheduler, swap)
+    check_parts(parts, kind)
+    if layout.labels is not None:
+        parts["id2label"] = layout.labels
+    return kind.build(parts, scheduler)
 
 
 def _unconditional_pipeline(layout: Layout, unet: nn.Module, scheduler: Any, swap: str | None) -> Any:
@@ -69,7 +55,8 @@ def _unconditional_pipeline(layout: Layout, unet: nn.Module, scheduler: Any, swa
             hint=f"choose one of these with --scheduler: {', '.join(UNCONDITIONAL)}",
         )
     # DDIMPipeline turns any scheduler into DDIM; the folder's own word counts unless the user asked for another.
-    ddim = type(scheduler).__name__ == scheduler_class("ddim") or (swap is None and layout.pipeline == "DDIMPipeline")
+    own = layout.kind is not None and layout.kind.class_name == "DDIMPipeline"
+    ddim = type(scheduler).__name__ == scheduler_class("ddim") or (swap is None and own)
     return (diffusers.DDIMPipeline if ddim else diffusers.DDPMPipeline)(unet=unet, scheduler=scheduler)
 
 
@@ -104,7 +91,7 @@ def _load(component: Component) -> Any:
             f"{where} cannot be loaded: {type(error).__name__}: {_first_lines(error)}",
             hint="config.json and the weights must be of the same model",
         ) from error
-    _check_complete(where, info, strict=component.name == "unet")
+    _check_complete(where, info, strict=component.name in ("unet", "transformer"))
     module: nn.Module = model.float().eval().requires_grad_(False)
     _check_finite(where, module)
     return module

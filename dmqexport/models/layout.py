@@ -6,15 +6,9 @@ from pathlib import Path
 from typing import Final
 
 from dmqexport.errors import ModelError
-from dmqexport.models.family import family_of
+from dmqexport.models.family import check_family, family_of
+from dmqexport.models.pipeline_kinds import KINDS, PipelineKind, kind_of
 from dmqexport.models.weight_files import WeightFiles, check_safetensors, file_errors, find_weights, read_json
-
-#: supported pipelines and the components that are loaded; the others (safety checker, image encoder) are left out.
-PIPELINES: Final[dict[str, tuple[str, ...]]] = {
-    "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    "DDPMPipeline": ("unet", "scheduler"),
-    "DDIMPipeline": ("unet", "scheduler"),
-}
 
 _STEMS: Final = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
@@ -32,11 +26,13 @@ class Component:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checked model folder. `pipeline` is a diffusers class name, None for a bare denoiser."""
+    """A checked model folder. kind: None for a bare denoiser; labels: names of classes, by number in words."""
 
     folder: Path
-    pipeline: str | None
+    kind: PipelineKind | None
     components: dict[str, Component]
+    denoiser: str
+    labels: dict[str, str] | None = None
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """Every file that makes up the model, as (name that does not depend on the place, path), in a fixed order."""
@@ -78,17 +74,21 @@ def read_layout(folder: Path, replaced: frozenset[str] = frozenset()) -> Layout:
 def _pipeline(folder: Path, replaced: frozenset[str]) -> Layout:
     index_path = folder / "model_index.json"
     index = read_json(index_path)
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
+    kind = kind_of(index.get("_class_name"))
+    if kind is None:
         raise ModelError(
-            f"{index_path}: pipeline {pipeline!r} is not supported",
-            hint=f"supported: {', '.join(PIPELINES)}; or give the folder of a bare UNet2DModel",
+            f"{index_path}: pipeline {index.get('_class_name')!r} is not supported",
+            hint=f"supported: {', '.join(KINDS)}; or give the folder of its denoiser alone",
         )
     components = {}
-    for name in PIPELINES[pipeline]:
+    for name in (*kind.components, *kind.optional):
         entry = index.get(name)
+        if name in kind.optional and (entry is None or entry == [None, None]):
+            continue
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
-            raise ModelError(f"{index_path} names no {name}; {pipeline} needs one", hint="copy the complete folder")
+            raise ModelError(
+                f"{index_path} names no {name}; {kind.class_name} needs one", hint="copy the complete folder"
+            )
         library, class_name = entry
         if library not in _STEMS:
             raise ModelError(
@@ -97,33 +97,36 @@ def _pipeline(folder: Path, replaced: frozenset[str]) -> Layout:
             )
         # Early hub models keep the files of their single network beside the index, without component folders.
         place = folder / name if (folder / name).is_dir() else folder
-        if place == folder and len(PIPELINES[pipeline]) > 2:
+        if place == folder and len(kind.components) > 2:
             raise ModelError(f"{folder} has no folder {name}", hint="copy the complete diffusers folder")
         weights = None
-        if name not in ("scheduler", "tokenizer"):
-            if name == "unet":
-                family_of(class_name)
+        if name != "scheduler" and not name.startswith("tokenizer"):
+            if name == kind.denoiser:
+                check_family(class_name)
             weights = find_weights(place, _STEMS[library]) if name not in replaced else None
         components[name] = Component(name, library, class_name, place, weights)
     if not (components["scheduler"].folder / "scheduler_config.json").is_file():
         raise _no_scheduler(folder, [components["scheduler"].folder])
-    return Layout(folder, pipeline, components)
+    labels = index.get("id2label")
+    return Layout(folder, kind, components, kind.denoiser, labels if isinstance(labels, dict) else None)
 
 
 def _bare(folder: Path) -> Layout:
-    class_name = read_json(folder / "config.json").get("_class_name")
-    family = family_of(str(class_name))
+    config = read_json(folder / "config.json")
+    class_name = str(config.get("_class_name"))
+    check_family(class_name)
+    family = family_of(class_name, config)
     places = [folder / "scheduler", folder, folder.parent / "scheduler"]
     scheduler = next((place for place in places if (place / "scheduler_config.json").is_file()), None)
     if scheduler is None:
         raise _no_scheduler(folder, places)
     components = {
         family.component: Component(
-            family.component, "diffusers", family.class_name, folder, find_weights(folder, _STEMS["diffusers"])
+            family.component, "diffusers", class_name, folder, find_weights(folder, _STEMS["diffusers"])
         ),
         "scheduler": Component("scheduler", "diffusers", "", scheduler, None),
     }
-    return Layout(folder, None, components)
+    return Layout(folder, None, components, family.component)
 
 
 def _no_scheduler(folder: Path, places: list[Path]) -> ModelError:

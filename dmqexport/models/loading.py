@@ -12,14 +12,16 @@ from dmqexport.models.assemble import assemble
 from dmqexport.models.family import Family, family_of
 from dmqexport.models.layout import Layout, read_layout
 from dmqexport.models.locate import Located, locate
+from dmqexport.models.pipeline_kinds import PipelineKind, kind_of
 from dmqexport.models.presets import Preset, emoji_prompts, text_prompts
 from dmqexport.models.quiet import quiet
-from dmqexport.models.weight_files import digest
+from dmqexport.models.weight_files import digest, read_json
 
-_CLIP_TOKENS: Final = 77
 _TEXT_STEPS: Final = 50
 _TEXT_GUIDANCE: Final = 7.5
 _DDIM_STEPS: Final = 100
+_CLASS_PROMPTS: Final = 256
+_STRIDE: Final = 389  # a prime, so that neighbouring prompts are far apart
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class LoadedModel:
     source: what the user wrote. denoiser: float32, eval, without gradients. tokens: length of encoder_hidden_states,
     None without text. fingerprint: sha256 of the configurations and weights, wherever they lie, and of the scheduler's
     class, which may be swapped. random_embeddings: there is no text encoder and seeded noise stands in for prompts.
+    size: (height, width) of the latents where it was chosen.
     """
 
     name: str
@@ -45,10 +48,21 @@ class LoadedModel:
     default_steps: int
     preset: Preset | None
     random_embeddings: bool = False
+    size: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> PipelineKind | None:
+        """What the pipeline is called with; None for a denoiser alone."""
+        return kind_of(type(self.pipeline).__name__)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Length of a timestep table: the training timesteps, and the end point of continuous time."""
+        return self.num_train_timesteps + int(self.family.float_timestep)
 
     def example_inputs(self, batch: int = 2) -> dict[str, Tensor]:
-        """Seeded random inputs of the denoiser, the first dimension `batch`; raises ModelError if unsupported."""
-        return self.family.example_inputs(self.denoiser, batch, self.tokens)
+        """Seeded random inputs of the denoiser, the first dimension `batch`."""
+        return self.family.example_inputs(batch, self.tokens)
 
 
 def load_model(
@@ -57,11 +71,13 @@ def load_model(
     scheduler: str | None = None,
     revision: str | None = None,
     embeddings: Literal["random"] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> LoadedModel:
     """Load `model`: a preset, a hub id `org/name`, a diffusers folder, or the folder of a bare UNet.
 
     scheduler: short name that replaces the model's own. revision: of a hub model. embeddings="random": let a
-    conditional UNet without text encoder be driven by seeded unit-normal vectors. Only hub models use the network.
+    conditional denoiser without text encoder be driven by seeded unit-normal vectors. size: (height, width) of the
+    latents, None for the model's own. Only hub models use the network.
 
     Raises ModelError for a model that cannot be found, read or handled, ResourceError for disk, memory and
     permissions, BackendMissingError for a missing library. Writes nothing to the terminal.
@@ -70,35 +86,35 @@ def load_model(
         raise ModelError(f"embeddings={embeddings!r} is not known", hint='use embeddings="random" or leave it out')
     located = locate(model, revision)
     layout = read_layout(located.folder)
-    family = family_of(layout.components["unet"].class_name)
-    conditional = "encoder_hidden_states" in family.input_names
-    if conditional and layout.pipeline is None and embeddings is None:
+    component = layout.components[layout.denoiser]
+    family = family_of(component.class_name, read_json(component.folder / "config.json"), size)
+    random_embeddings = bool(family.embeddings) and layout.kind is None
+    if random_embeddings and embeddings is None:
         raise _no_text_encoder(layout)
     swap = scheduler or (located.preset.scheduler if located.preset is not None else None)
     with quiet():
-        pipeline = assemble(layout, swap)
+        pipeline = assemble(layout, swap, size=size)
     pipeline.set_progress_bar_config(disable=True)
-    random_embeddings = conditional and layout.pipeline is None
-    steps, guidance = _defaults(located, pipeline, text=conditional and not random_embeddings)
-    loaded = LoadedModel(
+    denoiser = getattr(pipeline, layout.denoiser)
+    steps, guidance = _defaults(located, pipeline, text=layout.kind is not None and layout.kind.conditions == "text")
+    return LoadedModel(
         name=located.name,
         source=model,
         folder=located.folder,
         family=family,
-        denoiser=pipeline.unet,
+        denoiser=denoiser,
         pipeline=pipeline,
-        tokens=_tokens(pipeline) if conditional else None,
+        tokens=_tokens(layout, pipeline, family),
         num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps),
         # The scheduler decides what calibration sees, so that another one makes another model.
         fingerprint=digest(layout.files(), type(pipeline.scheduler).__name__),
-        default_prompts=_prompts(located) if conditional and not random_embeddings else (),
+        default_prompts=_prompts(located, layout, family),
         default_guidance=guidance,
         default_steps=steps,
         preset=located.preset,
         random_embeddings=random_embeddings,
+        size=size,
     )
-    loaded.example_inputs(1)  # an unsupported variant is refused here, not after an hour of calibration
-    return loaded
 
 
 def pipeline_from_folder(folder: Path, replacements: Mapping[str, Any]) -> Any:
@@ -124,15 +140,22 @@ def _no_text_encoder(layout: Layout) -> ModelError:
     )
 
 
-def _tokens(pipeline: Any) -> int:
-    """Length of encoder_hidden_states; a bare denoiser does not know it and gets CLIP's."""
-    if pipeline.text_encoder is None:
-        return _CLIP_TOKENS
-    # Some tokenizers state an absurd maximum (1e30) when it was never set.
-    return int(min(pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings))
+def _tokens(layout: Layout, pipeline: Any, family: Family) -> int | None:
+    """Length of encoder_hidden_states; a bare denoiser does not know it and gets what its family usually has."""
+    if layout.kind is not None:
+        return layout.kind.text_length(pipeline)
+    if "encoder_hidden_states" not in family.input_names:
+        return None
+    return int(family.example_inputs(1)["encoder_hidden_states"].shape[1])
 
 
-def _prompts(located: Located) -> tuple[str, ...]:
+def _prompts(located: Located, layout: Layout, family: Family) -> tuple[str, ...]:
+    """Texts, or class numbers in words, spread over all classes; nothing where nothing can be asked for."""
+    if family.null_class is not None:
+        count = family.null_class
+        return tuple(str(index * _STRIDE % count) for index in range(min(count, _CLASS_PROMPTS)))
+    if layout.kind is None or layout.kind.conditions != "text":
+        return ()
     return emoji_prompts() if located.preset is not None and located.preset.name == "emoji" else text_prompts()
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from calib.sampling import CalibrationSet, TrajectoryRecorder
 from dmqexport.errors import DmqExportError, ModelError, RecipeError, ResourceError
 from dmqexport.models.assemble import is_out_of_memory
+from dmqexport.models.family import bind_call
 from dmqexport.models.loading import LoadedModel
+from dmqexport.models.pipeline_kinds import class_labels
 from dmqexport.models.quiet import quiet
 
 Progress = Callable[[int, int], None]
@@ -21,6 +23,7 @@ Progress = Callable[[int, int], None]
 
 _EMBEDDING_STREAM: Final = 0x9E3779B9
 _LATENT_RANGE: Final = 4.0
+_PIXEL_RANGE: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def sample_images(
     prompts: one a seed; None takes the model's default prompts in turn; unconditional models take None only.
     record: also return the inputs of every denoiser call, ordered by (trajectory, step), trajectory = index of the
     seed; one entry for each guidance half. Grey pictures are repeated over RGB. Without an autoencoder or a text
-    encoder, the first three latent channels are shown, [-4, 4] mapped to [0, 255].
+    encoder, the first three latent channels are shown, [-4, 4] mapped to [0, 255]; one or three channels are pixels,
+    [-1, 1].
 
     Raises RecipeError for arguments that cannot be used, ModelError when the pipeline refuses them or produces NaN,
     ResourceError when memory runs out.
@@ -62,7 +66,7 @@ def sample_images(
         recorder = _recorder(loaded, len(chunk), first) if record else None
         with quiet(), torch.no_grad(), recorder or nullcontext():
             raw = _call(loaded.pipeline, arguments)
-        pictures.append(_pictures(raw, chunk, latent=arguments["output_type"] == "latent"))
+        pictures.append(_pictures(raw, chunk, latent="output_type" not in arguments))
         if recorder is not None:
             recorded.append(recorder.result())
         if progress is not None:
@@ -75,14 +79,15 @@ def set_denoiser(pipeline: Any, component: Any) -> None:
 
     Raises ModelError when the pipeline has no denoiser to replace or `component` cannot stand in for it.
     """
-    if not hasattr(pipeline, "unet"):
-        raise ModelError(f"{type(pipeline).__name__} has no component 'unet' to replace")
+    name = next((name for name in ("unet", "transformer") if hasattr(pipeline, name)), None)
+    if name is None:
+        raise ModelError(f"{type(pipeline).__name__} has no component 'unet' or 'transformer' to replace")
     for needed in ("config", "dtype"):
         if not hasattr(component, needed):
             raise ModelError(f"{type(component).__name__} cannot replace the denoiser: it has no `{needed}`")
     if not callable(component):
         raise ModelError(f"{type(component).__name__} cannot replace the denoiser: it is not callable")
-    pipeline.register_modules(unet=component)
+    pipeline.register_modules(**{name: component})
 
 
 def _check(
@@ -118,28 +123,49 @@ def _arguments(loaded: LoadedModel, texts: list[str], seeds: list[int], steps: i
     arguments: dict[str, Any] = {
         "num_inference_steps": steps,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "output_type": "np",
     }
-    if texts:
-        return {**arguments, "prompt": texts, "guidance_scale": guidance}
-    if not loaded.random_embeddings:
-        return {**arguments, "batch_size": len(seeds)}
-    arguments.update(
-        prompt_embeds=torch.stack([_random_embedding(loaded, seed) for seed in seeds]),
-        guidance_scale=guidance,
-        output_type="latent",
-    )
-    if guidance > 1:
+    kind = loaded.kind
+    if kind is not None:
+        arguments["output_type"] = "np"
+        return {**arguments, **kind.arguments(loaded.pipeline, texts, len(seeds), guidance, loaded.size)}
+    if len(loaded.family.input_names) == 2:
+        return {**arguments, "output_type": "np", "batch_size": len(seeds)}
+    sample = loaded.example_inputs(1)[loaded.family.input_names[0]]
+    return {
+        **arguments,
+        "conditions": _conditions(loaded, texts, seeds),
         # The unconditional half is one fixed vector, as the embedding of the empty prompt would be.
-        arguments["negative_prompt_embeds"] = _random_embedding(loaded, 0).expand(len(seeds), -1, -1)
-    return arguments
+        "null_conditions": None if guidance <= 1 else _conditions(loaded, [], [0] * len(seeds)),
+        "shape": tuple(sample.shape[1:]),
+        "guidance_scale": guidance,
+    }
 
 
-def _random_embedding(loaded: LoadedModel, seed: int) -> Tensor:
-    """Unit-normal [tokens, D], from a stream apart from the one that draws the picture's noise."""
-    generator = torch.Generator().manual_seed(seed ^ _EMBEDDING_STREAM)
-    config: Any = loaded.denoiser.config
-    return torch.randn((loaded.tokens or 1, int(config.cross_attention_dim)), generator=generator)
+def _conditions(loaded: LoadedModel, texts: list[str], seeds: list[int]) -> dict[str, Tensor]:
+    """What a denoiser without its pipeline is conditioned on: classes from `texts`, noise for what would be encoded.
+
+    Without texts the class is "none". Noise is unit-normal, from a stream apart from the one that draws the picture's.
+    """
+    family, pipeline = loaded.family, loaded.pipeline
+    shapes = loaded.example_inputs(1)
+    conditions: dict[str, Tensor] = {}
+    for name in family.input_names[1:]:
+        if name == "timestep":
+            continue
+        if name == "class_labels":
+            labels = class_labels(pipeline, texts) if texts else [family.null_class] * len(seeds)
+            conditions[name] = torch.tensor(labels)
+        elif name in family.embeddings:
+            drawn = [_random(shapes[name].shape[1:], seed, name) for seed in seeds]
+            conditions[name] = torch.stack(drawn)
+        else:
+            conditions[name] = shapes[name].expand(len(seeds), *shapes[name].shape[1:])
+    return conditions
+
+
+def _random(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
+    stream = _EMBEDDING_STREAM + (0 if name == "encoder_hidden_states" else 1)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed ^ stream))
 
 
 def _recorder(loaded: LoadedModel, pictures: int, first: int) -> TrajectoryRecorder:
@@ -149,7 +175,10 @@ def _recorder(loaded: LoadedModel, pictures: int, first: int) -> TrajectoryRecor
             f"cannot record the inputs of {type(denoiser).__name__}: it is no torch module",
             hint="record with the float denoiser in the pipeline",
         )
-    return TrajectoryRecorder(denoiser, loaded.family.input_names, pictures, first)
+    family = loaded.family
+    return TrajectoryRecorder(
+        denoiser, lambda args, kwargs: bind_call(family, args, kwargs), pictures, first, family.timestep_scale
+    )
 
 
 def _call(pipeline: Any, arguments: dict[str, Any]) -> npt.NDArray[np.float32]:
@@ -166,8 +195,17 @@ def _call(pipeline: Any, arguments: dict[str, Any]) -> npt.NDArray[np.float32]:
             hint="try fewer pictures a batch or another scheduler",
         ) from error
     if isinstance(images, Tensor):
-        images = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        images = _as_planes(images).permute(0, 2, 3, 1).float().cpu().numpy()
     return np.asarray(images, dtype=np.float32)
+
+
+def _as_planes(latents: Tensor) -> Tensor:
+    """Latents [n, C, H, W]; packed tokens [n, tokens, C] are laid out as rows of tokens."""
+    if latents.ndim == 4:
+        return latents
+    tokens = latents.shape[1]
+    height = next(side for side in range(int(tokens**0.5), 0, -1) if tokens % side == 0)
+    return latents.transpose(1, 2).reshape(len(latents), latents.shape[2], height, tokens // height)
 
 
 def _pictures(raw: npt.NDArray[np.float32], seeds: list[int], *, latent: bool) -> npt.NDArray[np.uint8]:
@@ -184,7 +222,7 @@ def _pictures(raw: npt.NDArray[np.float32], seeds: list[int], *, latent: bool) -
         raw = np.concatenate([raw, np.zeros_like(raw[..., :1])], axis=-1)
     raw = raw[..., :3]
     if latent:
-        raw = raw / (2 * _LATENT_RANGE) + 0.5
+        raw = raw / (2 * (_PIXEL_RANGE if channels in (1, 3) else _LATENT_RANGE)) + 0.5
     return (np.clip(raw, 0.0, 1.0) * 255.0).round().astype(np.uint8)
 
 
@@ -194,4 +232,4 @@ def _ordered(parts: list[CalibrationSet]) -> CalibrationSet:
     # Two stable sorts: by trajectory, within it by step, and within that the unconditional half stays first.
     order = torch.argsort(joined.step, stable=True)
     order = order[torch.argsort(joined.trajectory[order], stable=True)]
-    return CalibrationSet(joined.select(order), joined.trajectory[order], joined.step[order])
+    return joined.at(order)

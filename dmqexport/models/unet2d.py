@@ -1,36 +1,46 @@
-"""`UNet2DModel`: unconditional pixel- or latent-space UNets (DDPM, DDIM, LDM)."""
+"""`UNet2DModel`: pixel- or latent-space UNets without text (DDPM, DDIM, LDM), unconditional or of classes."""
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
-from dmqexport.models.shapes import sample_shape
+from dmqexport.models.family import NOT_NESTED, Config
+from dmqexport.models.shapes import ExampleInputs, sample_shape
 
 
 class UNet2DFamily:
-    """Unconditional UNet of diffusers."""
+    """UNet of diffusers without cross-attention."""
 
     class_name = "UNet2DModel"
     component = "unet"
-    input_names: tuple[str, ...] = ("sample", "timestep")
+    positional: tuple[str, ...] = ("sample", "timestep", "class_labels")
+    nested = NOT_NESTED
+    implied: frozenset[str] = frozenset()
+    embeddings: tuple[str, ...] = ()
+    float_timestep = False
+    timestep_scale = 1.0
     boundary: tuple[str, ...] = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
 
-    def example_inputs(self, denoiser: nn.Module, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
-        """sample float32 [batch, C, H, W], timestep int64 [batch]; no text, so `tokens` means nothing here."""
-        config: Any = denoiser.config
-        if config.class_embed_type is not None or config.num_class_embeds is not None:
-            raise ModelError("class-conditional UNet2DModel is not supported yet: it needs class_labels")
-        generator = torch.Generator().manual_seed(0)
-        return {
-            "sample": torch.randn((batch, *sample_shape(denoiser)), generator=generator),
-            "timestep": torch.randint(0, 1000, (batch,), generator=generator),
-        }
+    def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
+        """Raises ModelError for labels that are not numbers of classes."""
+        self._shape = sample_shape(config, size)
+        kind, self._classes = config.get("class_embed_type"), config.get("num_class_embeds")
+        if kind is not None:
+            raise ModelError(f"{self.class_name} with class_embed_type {kind!r} is not supported, only class numbers")
+        self.prediction_channels: int | None = self._shape[0]
+        # A model with room for one class more than it has keeps the last for "none", as classifier-free guidance does.
+        self.null_class: int | None = None if self._classes is None else int(self._classes) - 1
+        labels = () if self._classes is None else ("class_labels",)
+        self.input_names: tuple[str, ...] = ("sample", "timestep", *labels)
+
+    def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
+        """sample float32 [batch, C, H, W], timestep int64 [batch], class_labels int64 [batch] where there are any."""
+        draw = ExampleInputs(batch)
+        inputs = {"sample": draw.normal(*self._shape), "timestep": draw.timesteps()}
+        return inputs if self._classes is None else {**inputs, "class_labels": draw.integers(int(self._classes))}
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
-        """Forward (sample, timestep) → out_sample."""
-        return _Wrapped(denoiser)
+        """Forward (sample, timestep[, class_labels]) → out_sample."""
+        return _Wrapped(denoiser) if self._classes is None else _WrappedClasses(denoiser)
 
 
 class _Wrapped(nn.Module):
@@ -40,4 +50,14 @@ class _Wrapped(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         output: Tensor = self.denoiser(sample, timestep, return_dict=False)[0]
+        return output
+
+
+class _WrappedClasses(nn.Module):
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        output: Tensor = self.denoiser(sample, timestep, class_labels, return_dict=False)[0]
         return output

@@ -113,7 +113,7 @@ def compare(bench: Bench, nncf: Any, openvino: Any, recipes: Sequence[str]) -> I
 
     def judged(name: str, bits: str, model: Any, seconds: float) -> Row:
         runner: Any = OpenVinoRunner(openvino, model)
-        denoiser = QuantizedDenoiser(runner, config, bench.build.model.num_train_timesteps)
+        denoiser = QuantizedDenoiser(runner, bench.build.model.family, config, bench.build.model.num_timesteps)
         return bench.row(name, bits, denoiser, (), seconds)
 
     graph = bench.build.float_graph

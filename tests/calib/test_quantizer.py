@@ -100,7 +100,7 @@ def test_a_call_without_a_timestep_is_refused(denoiser: nn.Module, found: ProbeR
     plan, weights = frozen(denoiser, found, tmp_path, "w4a4")
     with (
         simulate(denoiser, plan, weights),
-        pytest.raises(CalibrationError, match="sample and a timestep"),
+        pytest.raises(CalibrationError, match="'sample' and 'timestep'"),
     ):
         denoiser(torch.zeros(1, 3, 8, 8))
 

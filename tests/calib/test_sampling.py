@@ -1,6 +1,8 @@
 """Calibration sets: what a pipeline fed its denoiser, kept and read back unchanged."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,13 +89,21 @@ def test_meaningless_sets_are_refused(inputs: dict[str, torch.Tensor], message: 
         CalibrationSet(inputs, torch.zeros(2), torch.zeros(2))
 
 
+def bind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The inputs of the fixture's denoiser by name; a KeyError for one that is missing."""
+    given = {**dict(zip(NAMES, args, strict=False)), **kwargs}
+    named = {name: given[name] for name in NAMES}
+    named["timestep"] = broadcast_timestep(named["timestep"], len(named["sample"]))
+    return named
+
+
 def test_recorder_sees_every_call_and_changes_nothing() -> None:
     torch.manual_seed(0)
     denoiser = ParallelDenoiser().eval()
     calls = [random_calibration(4, seed).inputs for seed in range(3)]
     with torch.no_grad():
         before = [denoiser(**inputs) for inputs in calls]
-        with TrajectoryRecorder(denoiser, NAMES, trajectories=2, first=10) as recorder:
+        with TrajectoryRecorder(denoiser, bind, trajectories=2, first=10) as recorder:
             # Pipelines pass a scalar timestep, positionally or by name.
             after = [
                 denoiser(calls[0]["sample"], torch.tensor(7), encoder_hidden_states=calls[0]["encoder_hidden_states"]),
@@ -116,7 +126,7 @@ def test_recorder_keeps_copies() -> None:
     denoiser = ParallelDenoiser().eval()
     inputs = random_calibration(2).inputs
     original = inputs["sample"].clone()
-    with torch.no_grad(), TrajectoryRecorder(denoiser, NAMES, 2) as recorder:
+    with torch.no_grad(), TrajectoryRecorder(denoiser, bind, 2) as recorder:
         denoiser(**inputs)
         inputs["sample"].zero_()
     assert torch.equal(recorder.result().inputs["sample"], original)
@@ -124,12 +134,12 @@ def test_recorder_keeps_copies() -> None:
 
 def test_recorder_refuses_a_denoiser_that_was_never_called_or_called_without_an_input() -> None:
     denoiser = ParallelDenoiser().eval()
-    recorder = TrajectoryRecorder(denoiser, NAMES, 1)
+    recorder = TrajectoryRecorder(denoiser, bind, 1)
     with recorder:
         pass
     with pytest.raises(CalibrationError, match="never called"):
         recorder.result()
-    with pytest.raises(CalibrationError, match="without \\['encoder_hidden_states'\\]"), recorder:
+    with pytest.raises(KeyError, match="encoder_hidden_states"), recorder:
         denoiser(torch.zeros(1, 3, 8, 8), torch.tensor(1))
     assert not denoiser._forward_pre_hooks
 

@@ -295,8 +295,8 @@ DAMAGES = [
     Damage("config is no JSON", _bytes("unet/config.json", lambda b: b"{"), ("unet/config.json", "JSON")),
     Damage(
         "other pipeline",
-        lambda f: _edit(f / "model_index.json", _class_name="FluxPipeline"),
-        ("FluxPipeline", "StableDiffusionPipeline"),
+        lambda f: _edit(f / "model_index.json", _class_name="KandinskyPipeline"),
+        ("KandinskyPipeline", "StableDiffusionPipeline"),
     ),
     Damage(
         "other denoiser",
@@ -324,7 +324,7 @@ DAMAGES = [
     Damage(
         "class-conditional",
         lambda f: (
-            _edit(f / "unet/config.json", num_class_embeds=10),
+            _edit(f / "unet/config.json", class_embed_type="timestep"),
             _tensors(f, lambda t: t.update({"class_embedding.weight": torch.zeros(10, 32)})),
         ),
         ("class",),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmqexport import cli_ablate, cli_bundle
+from dmqexport import cli_ablate, cli_bundle, cli_models
 from dmqexport.cli_log import Session, start_logging
 from dmqexport.cli_options import (
     AttentionOption,
@@ -360,7 +360,8 @@ for _verb, _summary in (
     (cli_bundle.inspect, "Show what a bundle holds, and verify it."),
     (cli_bundle.bench, "Time FP32 against quantized on this machine."),
     (cli_bundle.doctor, "Say what this machine can build and run."),
-    (cli_bundle.models, "List the model presets."),
+    (cli_models.models, "List the model presets."),
+    (cli_models.convert, "Convert an original checkpoint."),
     (cli_ablate.ablate, "Compare quantization methods."),
 ):
     app.command(short_help=_summary)(_verb)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -138,19 +138,3 @@ def doctor(as_json: JsonOption = False) -> None:
 
     found = examine()
     print(json.dumps(found, indent=1) if as_json else render(found))
-
-
-def models(as_json: JsonOption = False) -> None:
-    """List the model presets: name, source, licence, and what to know."""
-    from dmqexport.models.presets import PRESETS
-
-    rows: list[dict[str, Any]] = [
-        {"name": preset.name, "source": preset.hub_id or "bundled", "licence": preset.licence, "note": preset.note}
-        for preset in PRESETS.values()
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    from dmqexport.cli_console import columns
-
-    print(columns([tuple(str(value) for value in row.values()) for row in rows], indent=""))

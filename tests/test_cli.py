@@ -21,7 +21,7 @@ from tests.conftest import Built
 from tests.models.tiny_pipelines import copy
 
 STAGE_VERBS = ("build", "calibrate", "plan", "train", "export", "compile", "validate")
-VERBS = (*STAGE_VERBS, "run", "inspect", "bench", "doctor", "models", "ablate")
+VERBS = (*STAGE_VERBS, "run", "inspect", "bench", "doctor", "models", "convert", "ablate")
 HEAVY = {"torch", "numpy", "onnx", "onnx_ir", "onnxruntime", "diffusers", "transformers", "pydantic", "rich", "yaml"}
 
 
@@ -175,7 +175,24 @@ def test_doctor() -> None:
 def test_models() -> None:
     answer = dmqexport("models", "--json")
     assert answer.json[0]["name"] == "emoji"
-    assert dmqexport("models").out.startswith("emoji ")
+    assert {row["name"]: row["gated"] for row in answer.json}["flux-dev"] is True
+    lines = dmqexport("models").out.splitlines()
+    assert lines[0].startswith("emoji ")
+    assert len(lines) == len(answer.json)  # one line a model, whatever the width
+    (dit,) = (line for line in lines if line.startswith("dit-xl-2-256 "))
+    assert "CC-BY-NC-4.0" in dit
+    assert "commercial use" in dit
+
+
+def test_convert(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"no checkpoint")
+    answer = dmqexport("convert", tmp_path / "model.ckpt", "-m", "ldm-bedroom", "-o", tmp_path / "out")
+    assert answer.code == 2
+    assert "hint:" in answer.err
+    assert not (tmp_path / "out").exists()
+    answer = dmqexport("convert", tmp_path / "model.ckpt", "-m", "sd14", "-o", tmp_path / "out")
+    assert answer.code == 2
+    assert "ldm-church" in answer.err
 
 
 # Stages

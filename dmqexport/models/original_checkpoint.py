@@ -1,7 +1,6 @@
 """Authors' own checkpoint files as dictionaries of tensors, without ever running what a pickle asks for."""
 
 import contextlib
-import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -101,20 +100,18 @@ def _unpickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (ModelError, ResourceError):
         raise
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path} holds more than tensors, and a pickle that does can run any code: {_culprit(error)}",
-            hint="where you trust the file, convert it in a place of its own: torch.load(..., weights_only=False), "
-            "then safetensors.torch.save_file of its state_dict, and give that file",
-        ) from error
     except MemoryError as error:
         raise ResourceError(f"not enough memory to read {path}", hint="close other programs") from error
     except Exception as error:
+        if type(error).__name__ == "UnpicklingError":
+            raise ModelError(
+                f"{path} holds more than tensors, and a pickle that does can run any code: {_culprit(error)}",
+                hint="where you trust the file, convert it in a place of its own: torch.load(..., weights_only=False), "
+                "then safetensors.torch.save_file of its state_dict, and give that file",
+            ) from error
         # A damaged archive raises RuntimeError, EOFError, KeyError, ...: whatever the bytes happen to mean.
         raise ModelError(
-            f"{path} is truncated or no checkpoint of torch: {type(error).__name__}: {str(error).splitlines()[0]}"
-            if str(error)
-            else f"{path} is truncated or no checkpoint of torch: {type(error).__name__}",
+            f"{path} is truncated or no checkpoint of torch: {type(error).__name__}: {_culprit(error)}",
             hint="copy or download this file again",
         ) from error
 

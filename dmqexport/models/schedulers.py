@@ -13,6 +13,8 @@ SCHEDULERS: Final[dict[str, str]] = {
     "dpm-solver": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "lcm": "LCMScheduler",
     "pndm": "PNDMScheduler",
@@ -51,6 +53,13 @@ def build_scheduler(folder: Path, swap: str | None) -> Any:
             f"{path}: _class_name is {name!r}, which is no scheduler of diffusers {diffusers.__version__}",
             hint=f"choose one with --scheduler: {', '.join(SCHEDULERS)}",
         )
+    if isinstance(own, str) and _is_flow(own) != _is_flow(kind.__name__):
+        kinds = ("flow matching", "noise prediction") if _is_flow(own) else ("noise prediction", "flow matching")
+        fitting = ", ".join(short for short, known in SCHEDULERS.items() if _is_flow(known) == _is_flow(own))
+        raise ModelError(
+            f"{path}: {own} is for {kinds[0]}, {name} for {kinds[1]}: it would misread what the network predicts",
+            hint=f"choose one of the model's own kind with --scheduler: {fitting}",
+        )
     try:
         scheduler: Any = kind.from_config(config)  # type: ignore[attr-defined]  # every SchedulerMixin has it
     except (TypeError, ValueError, NotImplementedError, ImportError) as error:
@@ -61,3 +70,7 @@ def build_scheduler(folder: Path, swap: str | None) -> Any:
             hint=f"choose one with --scheduler: {', '.join(SCHEDULERS)}",
         )
     return scheduler
+
+
+def _is_flow(class_name: str) -> bool:
+    return class_name.startswith("FlowMatch")

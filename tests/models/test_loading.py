@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +20,7 @@ from dmqexport.errors import DmqExportError, ModelError, ResourceError
 from dmqexport.models import emoji, locate
 from dmqexport.models.loading import LoadedModel, load_model, pipeline_from_folder
 from dmqexport.models.presets import PRESETS, emoji_prompts, text_prompts
-from dmqexport.models.schedulers import SCHEDULERS, scheduler_class
+from dmqexport.models.schedulers import SCHEDULERS, build_scheduler, scheduler_class
 from tests.models.tiny_pipelines import TOKENS, WIDTH, conditional_unet, copy, save_text, save_unconditional
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -173,13 +173,23 @@ def test_fingerprint_follows_content_and_scheduler_but_not_the_place(plain: Path
     assert load_model(str(moved)).fingerprint != reference
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if not name.startswith("flow-")])
 def test_scheduler_by_short_name(text: Path, name: str) -> None:
     scheduler = load_model(str(text), scheduler=name).pipeline.scheduler
     assert type(scheduler).__name__ == SCHEDULERS[name]
     # The noise schedule stays the model's.
     assert scheduler.config.steps_offset == 1 or not hasattr(scheduler.config, "steps_offset")
     assert scheduler_class(SCHEDULERS[name]) == SCHEDULERS[name]
+
+
+def test_schedulers_of_flow_matching_and_of_noise_do_not_mix(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="DDIMScheduler is for noise prediction, FlowMatchEulerDiscreteScheduler for"):
+        load_model(str(text), scheduler="flow-euler")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="would misread what the network predicts") as caught:
+        build_scheduler(tmp_path, "euler")
+    assert caught.value.hint == "choose one of the model's own kind with --scheduler: flow-euler, flow-heun"
+    assert type(build_scheduler(tmp_path, "flow-heun")).__name__ == "FlowMatchHeunDiscreteScheduler"
 
 
 def test_unconditional_pipelines_follow_the_scheduler(plain: Path) -> None:
@@ -496,17 +506,7 @@ def test_hub_id_without_cache_and_network_is_a_teaching_error(tmp_path: Path, mo
         locate.download("org/name", None)
 
 
-# Presets and prompts
-
-
-def test_presets_are_complete() -> None:
-    assert [name for name, preset in PRESETS.items() if preset.hub_id is None] == ["emoji"]
-    for name, preset in PRESETS.items():
-        assert preset.name == name
-        assert preset.licence
-        assert preset.note
-        assert preset.steps > 0
-        assert preset.scheduler is None or preset.scheduler in SCHEDULERS
+# Prompts
 
 
 def test_prompts() -> None:

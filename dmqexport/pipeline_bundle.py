@@ -19,7 +19,8 @@ from dmqexport.workspace import replacing, writable_folder
 from engines.ort import OrtRunner
 
 #: Folders of a diffusers pipeline that a deployed denoiser still needs.
-_COMPANIONS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "vae", "vqvae")
+_TEXT = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
+_COMPANIONS = ("scheduler", *_TEXT, "vae", "vqvae", "class_embedder")
 _SKIPPED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")
 _PICTURE_PIXELS = 256
 

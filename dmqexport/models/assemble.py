@@ -9,8 +9,10 @@ from torch import nn
 from dmqexport.errors import BackendMissingError, ModelError, ResourceError
 from dmqexport.models.family import family_of
 from dmqexport.models.layout import Component, Layout
+from dmqexport.models.own_classes import is_own, model_class
 from dmqexport.models.pipeline_kinds import check_parts
 from dmqexport.models.schedulers import SCHEDULERS, UNCONDITIONAL, build_scheduler, scheduler_class
+from dmqexport.models.weight_files import read_json
 
 
 def assemble(
@@ -94,6 +96,10 @@ def _load(component: Component) -> Any:
     _check_complete(where, info, strict=component.name in ("unet", "transformer"))
     module: nn.Module = model.float().eval().requires_grad_(False)
     _check_finite(where, module)
+    if component.class_name == "VQModel" and "scaling_factor" not in read_json(component.folder / "config.json"):
+        # Latents of vector-quantized autoencoders are not scaled; diffusers' default is Stable Diffusion's 0.18215,
+        # which CompVis/ldm-celebahq-256 must not take (huggingface/diffusers#6725).
+        module.register_to_config(scaling_factor=1.0)  # type: ignore[operator]  # every ModelMixin has it
     return module
 
 
@@ -109,6 +115,8 @@ def _class(component: Component) -> Any:
         library, base = transformers, transformers.PreTrainedModel
     try:
         kind = getattr(library, component.class_name, None)
+        if is_own(component.library, component.class_name):
+            kind, base = model_class(component.class_name), diffusers.ModelMixin
     except ImportError as error:
         raise BackendMissingError(f"{component.class_name} needs a library that is missing: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, base)):

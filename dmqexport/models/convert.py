@@ -18,13 +18,11 @@ from dmqexport.bundle import sha256
 from dmqexport.errors import ModelError, RecipeError, ResourceError
 from dmqexport.models.original_checkpoint import read_original
 from dmqexport.models.original_names import rename_autoencoder, rename_ddpm, rename_ldm
-from dmqexport.models.originals import ORIGINALS, Autoencoder, DdimOriginal, LdmOriginal
+from dmqexport.models.originals import ORIGINALS, PROVENANCE, Autoencoder, DdimOriginal, LdmOriginal
+from dmqexport.models.own_classes import COMPONENTS
 from dmqexport.models.quiet import quiet
 
 _log: Final = logging.getLogger(__name__)
-
-PROVENANCE: Final = "conversion.json"
-"""In the converted folder: which preset and checkpoint it was made from; `locate` takes the preset from it."""
 
 _UNET: Final = "model.diffusion_model."
 _AVERAGED: Final = "model_ema."
@@ -301,18 +299,11 @@ def _save_scheduler(scheduler: Any, place: Path, extra: dict[str, Any]) -> None:
         path.write_text(json.dumps({**config, **extra}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-#: Where the classes live that diffusers does not have.
-_OWN: Final = {
-    "FixedHeadsUNet2DModel": "dmqexport.models.fixed_heads_unet",
-    "ClassEmbedder": "dmqexport.models.class_pipeline",
-}
-
-
 def _save_index(place: Path, pipeline: str, components: Mapping[str, str]) -> None:
     import diffusers
 
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
-    index.update({name: [_OWN.get(kind, "diffusers"), kind] for name, kind in sorted(components.items())})
+    index.update({name: [COMPONENTS.get(kind, "diffusers"), kind] for name, kind in sorted(components.items())})
     (place / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

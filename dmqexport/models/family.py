@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
+from dmqexport.models.own_classes import model_class
 
 Config = Mapping[str, Any]
 """A denoiser's diffusers config."""
@@ -64,11 +65,12 @@ def _registry() -> dict[str, Callable[[Config, tuple[int, int] | None], Family]]
     from dmqexport.models.flux import FluxFamily
     from dmqexport.models.pixart import PixArtFamily
     from dmqexport.models.sd3 import SD3Family
-    from dmqexport.models.unet2d import UNet2DFamily
+    from dmqexport.models.unet2d import FixedHeadsUNet2DFamily, UNet2DFamily
     from dmqexport.models.unet2d_condition import UNet2DConditionFamily
 
     return {
         "UNet2DModel": UNet2DFamily,
+        "FixedHeadsUNet2DModel": FixedHeadsUNet2DFamily,
         "UNet2DConditionModel": UNet2DConditionFamily,
         "DiTTransformer2DModel": DiTFamily,
         "Transformer2DModel": DiTFamily,  # the name under which DiT and PixArt were first published
@@ -105,9 +107,7 @@ def family_of(class_name: str, config: Config, size: tuple[int, int] | None = No
 @cache
 def _defaults(class_name: str) -> Config:
     """What diffusers takes for the keys that a config.json leaves out."""
-    import diffusers
-
-    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters.values()
+    parameters = inspect.signature(model_class(class_name).__init__).parameters.values()
     return {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
 
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from dmqexport.errors import ModelError
 from dmqexport.models.family import check_family, family_of
+from dmqexport.models.own_classes import COMPONENTS, is_own
 from dmqexport.models.pipeline_kinds import KINDS, PipelineKind, kind_of
 from dmqexport.models.weight_files import WeightFiles, check_safetensors, file_errors, find_weights, read_json
 
@@ -90,7 +91,7 @@ def _pipeline(folder: Path, replaced: frozenset[str]) -> Layout:
                 f"{index_path} names no {name}; {kind.class_name} needs one", hint="copy the complete folder"
             )
         library, class_name = entry
-        if library not in _STEMS:
+        if library not in _STEMS and not is_own(library, class_name):
             raise ModelError(
                 f"{index_path}: {name} is {library}.{class_name}; code that comes with a model is not run",
                 hint="only components of diffusers and transformers are supported",
@@ -103,7 +104,7 @@ def _pipeline(folder: Path, replaced: frozenset[str]) -> Layout:
         if name != "scheduler" and not name.startswith("tokenizer"):
             if name == kind.denoiser:
                 check_family(class_name)
-            weights = find_weights(place, _STEMS[library]) if name not in replaced else None
+            weights = find_weights(place, _STEMS.get(library, _STEMS["diffusers"])) if name not in replaced else None
         components[name] = Component(name, library, class_name, place, weights)
     if not (components["scheduler"].folder / "scheduler_config.json").is_file():
         raise _no_scheduler(folder, [components["scheduler"].folder])
@@ -120,9 +121,10 @@ def _bare(folder: Path) -> Layout:
     scheduler = next((place for place in places if (place / "scheduler_config.json").is_file()), None)
     if scheduler is None:
         raise _no_scheduler(folder, places)
+    library = COMPONENTS.get(class_name, "diffusers")
     components = {
         family.component: Component(
-            family.component, "diffusers", class_name, folder, find_weights(folder, _STEMS["diffusers"])
+            family.component, library, class_name, folder, find_weights(folder, _STEMS["diffusers"])
         ),
         "scheduler": Component("scheduler", "diffusers", "", scheduler, None),
     }

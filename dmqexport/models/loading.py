@@ -108,7 +108,7 @@ def load_model(
         num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps),
         # The scheduler decides what calibration sees, so that another one makes another model.
         fingerprint=digest(layout.files(), type(pipeline.scheduler).__name__),
-        default_prompts=_prompts(located, layout, family),
+        default_prompts=_prompts(located, layout, pipeline, family),
         default_guidance=guidance,
         default_steps=steps,
         preset=located.preset,
@@ -149,10 +149,12 @@ def _tokens(layout: Layout, pipeline: Any, family: Family) -> int | None:
     return int(family.example_inputs(1)["encoder_hidden_states"].shape[1])
 
 
-def _prompts(located: Located, layout: Layout, family: Family) -> tuple[str, ...]:
+def _prompts(located: Located, layout: Layout, pipeline: Any, family: Family) -> tuple[str, ...]:
     """Texts, or class numbers in words, spread over all classes; nothing where nothing can be asked for."""
-    if family.null_class is not None:
-        count = family.null_class
+    count = family.null_class
+    if "class_embedder" in layout.components:
+        count = int(pipeline.class_embedder.config.num_classes) - 1
+    if count is not None:
         return tuple(str(index * _STRIDE % count) for index in range(min(count, _CLASS_PROMPTS)))
     if layout.kind is None or layout.kind.conditions != "text":
         return ()

@@ -10,17 +10,23 @@ from typing import Final
 
 from dmqexport.errors import DmqExportError, ModelError, ResourceError
 from dmqexport.models import emoji
+from dmqexport.models.originals import PROVENANCE
 from dmqexport.models.presets import PRESETS, Preset
 from dmqexport.models.quiet import quiet
-from dmqexport.models.weight_files import file_errors
+from dmqexport.models.weight_files import file_errors, read_json
 
 _log: Final = logging.getLogger(__name__)
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # Component by component, since hub repositories also hold pickles and whole-checkpoint copies of many gigabytes.
-_CONFIGS: Final = ("model_index.json", "config.json", "scheduler_config.json", "scheduler/*.json", "tokenizer/*")
-_COMPONENTS: Final = ("", "unet/", "vae/", "text_encoder/")
+_CONFIGS: Final = (
+    "model_index.json", "config.json", "scheduler_config.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*",
+    "tokenizer_3/*",
+)  # fmt: skip
+_COMPONENTS: Final = (
+    "", "unet/", "transformer/", "vae/", "vqvae/", "text_encoder/", "text_encoder_2/", "text_encoder_3/"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,12 @@ def locate(model: str, revision: str | None) -> Located:
     if not model.strip():
         raise ModelError("no model given", hint=_known())
     preset = PRESETS.get(model)
-    if preset is not None and preset.hub_id is None:
-        return Located(preset.name, emoji.pipeline_folder(), preset)
     if preset is not None and preset.hub_id is not None:
         return Located(preset.name, download(preset.hub_id, revision), preset)
+    if preset is not None and preset.checkpoint is not None:
+        raise ModelError(f"{preset.name} has no folder in diffusers' format on the hub", hint=_conversion(preset))
+    if preset is not None:
+        return Located(preset.name, emoji.pipeline_folder(), preset)
     try:
         path = Path(model).expanduser()
     except RuntimeError as error:
@@ -51,7 +59,7 @@ def locate(model: str, revision: str | None) -> Located:
     with file_errors(path):
         is_folder, is_file = path.is_dir(), path.is_file()
     if is_folder:
-        return Located(path.resolve().name, path, None)
+        return Located(path.resolve().name, path, _converted(path))
     if is_file:
         raise ModelError(
             f"{model} is a file, expected a diffusers folder",
@@ -69,6 +77,21 @@ def locate(model: str, revision: str | None) -> Located:
     raise ModelError(f"there is no preset and no folder named {model!r}", hint=guess + _known())
 
 
+def _converted(folder: Path) -> Preset | None:
+    """The preset of a folder that `dmqexport convert` wrote."""
+    if not (folder / PROVENANCE).is_file():
+        return None
+    name = read_json(folder / PROVENANCE).get("preset")
+    return PRESETS.get(name) if isinstance(name, str) else None
+
+
+def _conversion(preset: Preset) -> str:
+    return (
+        f"download its authors' checkpoint from {preset.checkpoint}, run `dmqexport convert CHECKPOINT "
+        f"-m {preset.name} -o FOLDER`, and give FOLDER with -m"
+    )
+
+
 def _known() -> str:
     return f"presets: {', '.join(PRESETS)}; or a hub id org/name; or a diffusers folder"
 
@@ -84,12 +107,22 @@ def download(hub_id: str, revision: str | None) -> Path:
         _log.info("looking for %s in the local cache, then on the model hub", hub_id)
         try:
             folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=_patterns("")))
-            if not any(folder.glob("**/*.safetensors")):
-                # Half precision is taken only where nothing else is offered: the same commit, so that files match.
-                commit = folder.name
-                folder = Path(snapshot_download(hub_id, revision=commit, allow_patterns=_patterns(".fp16")))
+            for variant in (".fp16", ".bf16"):
+                if not any(folder.glob("**/*.safetensors")):
+                    # Half precision only where nothing else is offered; of the same commit, so that files match.
+                    commit = folder.name
+                    folder = Path(snapshot_download(hub_id, revision=commit, allow_patterns=_patterns(variant)))
         except Exception as error:
             raise _refusal(hub_id, revision, error) from error
+    if not any(folder.glob("**/*.safetensors")):
+        named = next((preset for preset in PRESETS.values() if preset.hub_id == hub_id and preset.checkpoint), None)
+        raise ModelError(
+            f"{hub_id} offers no safetensors, and pickled weights are not opened, since a pickle can run any code",
+            hint=_conversion(named)
+            if named is not None
+            else "find a repository with safetensors, or save one yourself "
+            "where you trust the pickle: save_pretrained(folder, safe_serialization=True)",
+        )
     if not (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{hub_id} holds no model_index.json: it is no diffusers model, or only part of it is cached",
@@ -123,9 +156,12 @@ def _refusal(hub_id: str, revision: str | None, error: Exception) -> DmqExportEr
             f"the download cache cannot be written for {hub_id}: {error}", hint="point HF_HOME to a writable folder"
         )
     if isinstance(error, hub.GatedRepoError):
+        preset = next((each for each in PRESETS.values() if each.hub_id == hub_id), None)
+        terms = "" if preset is None else f" ({preset.licence}; forbidden: {preset.forbids or 'nothing of note'})"
         return ModelError(
-            f"{hub_id} is gated: its authors ask you to accept terms first",
-            hint="accept them on the model's page, then run `hf auth login`",
+            f"{hub_id} is gated: its authors ask you to accept terms first{terms}",
+            hint=f"accept them at https://huggingface.co/{hub_id} with your account, then run `hf auth login` with a "
+            "token that may read gated repositories; or have somebody who may download it give you the folder",
         )
     if isinstance(error, hub.RevisionNotFoundError):
         return ModelError(f"{hub_id} has no revision {revision!r}", hint="give a branch, tag or commit of that model")

@@ -7,6 +7,9 @@ Sources: configs/latent-diffusion/*.yaml of CompVis/latent-diffusion; configs/*.
 from dataclasses import dataclass
 from typing import Final
 
+PROVENANCE: Final = "conversion.json"
+"""In a converted folder: the preset and the checkpoint it was made from; presets' defaults are taken from it."""
+
 
 @dataclass(frozen=True)
 class DdimOriginal:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from dmqexport.errors import ModelError, RecipeError
+from dmqexport.models.own_classes import model_class
 
 Conditions = Literal["text", "class", "none"]
 
@@ -30,15 +31,13 @@ class PipelineKind:
 
     def build(self, parts: dict[str, Any], scheduler: Any) -> Any:
         """The pipeline object of these parts; optional ones that are missing are None."""
-        import diffusers
-
         absent = dict.fromkeys(name for name in self.optional if name not in parts)
-        return getattr(diffusers, self.class_name)(**parts, **absent, **self.empty, scheduler=scheduler)
+        return model_class(self.class_name)(**parts, **absent, **self.empty, scheduler=scheduler)
 
     def text_length(self, pipeline: Any) -> int | None:
         """Length of encoder_hidden_states, None without text."""
         if self.conditions != "text":
-            return None
+            return self.tokens
         if self.class_name == "StableDiffusion3Pipeline":
             # Where T5 is left out the pipeline puts as many zeros as CLIP has tokens.
             clip = int(pipeline.tokenizer_max_length)
@@ -130,6 +129,7 @@ KINDS: Final[dict[str, PipelineKind]] = {
             call={"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 300},
         ),
         PipelineKind("DiTPipeline", ("transformer", "vae", "scheduler"), "transformer", "class"),
+        PipelineKind("LdmClassPipeline", ("unet", "vqvae", "class_embedder", "scheduler"), "unet", "class", tokens=1),
         PipelineKind("LDMPipeline", ("unet", "vqvae", "scheduler"), "unet", "none"),
         PipelineKind("DDPMPipeline", ("unet", "scheduler"), "unet", "none"),
         PipelineKind("DDIMPipeline", ("unet", "scheduler"), "unet", "none"),

@@ -43,6 +43,12 @@ class UNet2DFamily:
         return _Wrapped(denoiser) if self._classes is None else _WrappedClasses(denoiser)
 
 
+class FixedHeadsUNet2DFamily(UNet2DFamily):
+    """The same with one number of attention heads at every level (CompVis' LSUN churches)."""
+
+    class_name = "FixedHeadsUNet2DModel"
+
+
 class _Wrapped(nn.Module):
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dmqexport.errors import ModelError, RecipeError
 from dmqexport.models.class_pipeline import ClassEmbedder, LdmClassPipeline
-from dmqexport.models.convert import PROVENANCE, convert, convert_as
+from dmqexport.models.convert import convert, convert_as
 from dmqexport.models.fixed_heads_unet import FixedHeadsUNet2DModel
-from dmqexport.models.originals import ORIGINALS, Autoencoder, DdimOriginal, LdmOriginal
+from dmqexport.models.originals import ORIGINALS, PROVENANCE, Autoencoder, DdimOriginal, LdmOriginal
 from tests.models.original_networks import DdimNetwork, LdmModel, randomize
 
 _STAGE = Autoencoder(multipliers=(1, 2, 2), latent_channels=3, codes=32, channels=8, blocks=1, groups=4)

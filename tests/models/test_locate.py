@@ -1,0 +1,115 @@
+"""From what the user wrote to a folder: presets without one, gated ones, converted ones, and what is downloaded."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
+
+from dmqexport.errors import ModelError
+from dmqexport.models.convert import convert_as
+from dmqexport.models.loading import load_model
+from dmqexport.models.locate import download, locate
+from dmqexport.models.presets import PRESETS
+from dmqexport.models.sampling import sample_images
+from tests.models.original_networks import LdmModel, randomize
+from tests.models.test_convert import CLASSES, PLAIN, SHIFTED, LdmOriginal
+
+
+@pytest.mark.parametrize("name", [preset.name for preset in PRESETS.values() if preset.source == "convert"])
+def test_presets_without_a_folder_say_how_to_make_one(name: str) -> None:
+    with pytest.raises(ModelError, match="has no folder in diffusers' format") as caught:
+        locate(name, None)
+    assert caught.value.hint is not None
+    assert str(PRESETS[name].checkpoint) in caught.value.hint
+    assert f"dmqexport convert CHECKPOINT -m {name} -o FOLDER" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sd3-medium"])
+def test_gated_presets_say_terms_and_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise hub_errors.GatedRepoError.__new__(hub_errors.GatedRepoError, "gated")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ModelError, match="is gated") as caught:
+        load_model(name)
+    assert PRESETS[name].licence in caught.value.message
+    assert PRESETS[name].forbids in caught.value.message
+    assert f"https://huggingface.co/{PRESETS[name].hub_id}" in str(caught.value.hint)
+
+
+def test_every_component_of_every_kind_is_downloaded_and_no_copy_of_it() -> None:
+    offered = {
+        "model_index.json": True,
+        "transformer/config.json": True,
+        "transformer/diffusion_pytorch_model-00001-of-00003.safetensors": True,
+        "transformer/diffusion_pytorch_model.safetensors.index.json": True,
+        "text_encoder_2/model-00002-of-00002.safetensors": True,
+        "text_encoder_3/model.safetensors.index.json": True,
+        "text_encoder_3/model.safetensors.index.fp16.json": False,
+        "tokenizer_2/spiece.model": True,
+        "tokenizer_3/tokenizer.json": True,
+        "vqvae/diffusion_pytorch_model.safetensors": True,
+        "flux1-dev.safetensors": False,
+        "text_encoders/t5xxl_fp16.safetensors": False,
+        "transformer/diffusion_pytorch_model.fp16.safetensors": False,
+    }
+    patterns: list[str] = []
+
+    def fetch(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        patterns.extend(allow_patterns)
+        raise ConnectionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub, "snapshot_download", fetch)
+        with pytest.raises(ModelError):
+            download("org/name", None)
+    assert set(filter_repo_objects(offered, allow_patterns=patterns)) == {
+        name for name, kept in offered.items() if kept
+    }
+
+
+def test_half_precision_is_taken_where_nothing_else_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    asked = []
+
+    def fetch(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((revision, "unet/diffusion_pytorch_model.bf16.safetensors" in allow_patterns))
+        if asked[-1][1]:
+            (tmp_path / "unet.bf16.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert download("org/name", "v2") == tmp_path
+    assert asked == [("v2", False), (tmp_path.name, False), (tmp_path.name, True)]
+
+
+def test_a_repository_of_pickles_points_to_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(ModelError, match="offers no safetensors") as caught:
+        load_model("ldm-celebahq-256")
+    assert "dmqexport convert CHECKPOINT -m ldm-celebahq-256" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("facts", "name", "prompts"),
+    [(PLAIN, "ldm-bedroom", 0), (SHIFTED, "ldm-church", 0), (CLASSES, "ldm-imagenet", 10)],
+    ids=["bedroom", "church", "imagenet"],
+)
+def test_converted_folders_load_sample_and_keep_their_presets_defaults(
+    facts: LdmOriginal, name: str, prompts: int, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": randomize(LdmModel(facts), 1).checkpoint()}, tmp_path / "model.ckpt")
+    convert_as(tmp_path / "model.ckpt", facts, name, tmp_path / "mine")
+    loaded = load_model(str(tmp_path / "mine"))
+    assert (loaded.name, loaded.preset) == ("mine", PRESETS[name])
+    assert (loaded.default_steps, loaded.default_guidance) == (PRESETS[name].steps, PRESETS[name].guidance)
+    assert loaded.family.class_name == PRESETS[name].denoiser
+    assert len(set(loaded.default_prompts)) == prompts
+    sampled = sample_images(loaded, None, [1, 2], steps=2, guidance=3.0, batch_size=2, record=True)
+    assert sampled.images.shape == (2, 32, 32, 3) if name == "ldm-bedroom" else sampled.images.ndim == 4
+    assert sampled.calibration is not None
+    assert set(sampled.calibration.inputs) == set(loaded.family.input_names)

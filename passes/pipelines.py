@@ -8,9 +8,12 @@ from passes.cleanup import GemmToMatMul, SimplifyKeyTranspose
 from passes.gather_timestep_scale import GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
 from passes.keep_boundary_8bit import KeepBoundary8Bit
+from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO
 from passes.lower.ort_cpu import LowerOrtCpu
 from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
+from passes.row_group_norm import RowGroupNorm
 from passes.split_concat import SplitConcat
+from passes.unpad_shifted import UnpadShifted
 from passes.verify_qdq import VerifyQDQ
 
 
@@ -40,3 +43,14 @@ def lower_ort_cpu(plan: QuantPlan, weights: QuantWeights, *, vnni: bool) -> ir.p
 def lower_tensorrt(plan: QuantPlan, weights: QuantWeights) -> ir.passes.Sequential:
     """Canonical graph to the graph for TensorRT and TensorRT-RTX."""
     return ir.passes.Sequential(LowerTensorRT(plan, weights), VerifyTensorRT(), RemoveUnusedNodesPass())
+
+
+def lower_openvino(plan: QuantPlan, weights: QuantWeights, *, vnni: bool) -> ir.passes.Sequential:
+    """Canonical graph to the graph for OpenVINO."""
+    return ir.passes.Sequential(
+        UnpadShifted(plan, weights),
+        RowGroupNorm(),
+        LowerOpenVINO(plan, vnni=vnni),
+        VerifyOpenVINO(),
+        RemoveUnusedNodesPass(),
+    )

@@ -4,33 +4,19 @@ Operators are cut out of both graphs and compared one by one: end to end, a roun
 early layer would hide what a lowering did to a later one.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
-from simulation_fixture import (
-    DeepDenoiser,
-    Exported,
-    PlanSampler,
-    canonical_graph,
-    export,
-    observe_ranges,
-    random_inputs,
-)
+from operator_pieces import compare, draw
+from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import QuantPlan, QuantWeights
-from passes.bind import graph_attentions
+from dmqexport.quant_plan import QuantWeights
 from passes.lower.ort_cpu import FUSED_PRODUCT, LowerOrtCpu, may_saturate
 from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
 from passes.pipelines import lower_ort_cpu, lower_tensorrt
-from passes.tap import layer_outputs
-
-BATCH = 3
 
 
 @pytest.fixture(scope="module")
@@ -39,94 +25,6 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     exported = export(DeepDenoiser(), tmp_path_factory.mktemp("deep"), random_inputs(2, 0))
     observe_ranges(exported, random_inputs(8, 1))
     return exported
-
-
-def pieces(exported: Exported, plan: QuantPlan) -> dict[str, tuple[list[str], str]]:
-    """Operator name → (names of its float inputs, name of its result); the names are the same in every graph."""
-    model = ir.load(exported.graph)
-    outputs = layer_outputs(model)
-    nodes = {str(node.name): node for node in model.graph}
-    found: dict[str, tuple[list[str], str]] = {}
-    for layer in plan.layers:
-        node = next(
-            node
-            for node in nodes.values()
-            if node.metadata_props.get("dmqexport.module") == layer.name
-            and node.metadata_props.get("dmqexport.role") == "compute"
-        )
-        source = node.inputs[0]
-        assert source is not None
-        producer = source.producer()
-        names = [str(source.name)]
-        if len(layer.segments) > 1:
-            assert producer is not None
-            names = [str(part.name) for part in producer.inputs if part is not None]
-        found[layer.name] = (names, outputs[layer.name])
-    pairs = graph_attentions(model.graph)
-    for attention in plan.attentions:
-        for node in (pairs[attention.name].query_key, pairs[attention.name].probability_value):
-            names = [str(value.name) for value in node.inputs if value is not None]
-            found[str(node.name)] = (names, str(node.outputs[0].name))
-    return found
-
-
-def run_piece(model: ir.Model, names: list[str], result: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """Cut one operator out of `model` and run it with all optimizations off."""
-    graph = ir.convenience.extract(model.graph, ["timestep", *dict.fromkeys(names)], [result])
-    graph.opset_imports.update(model.graph.opset_imports)
-    for value in graph.inputs:
-        if value.name != "timestep":
-            value.shape = ir.Shape([None] * feeds[str(value.name)].ndim)
-            value.type = ir.TensorType(ir.DataType.FLOAT)
-    graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    piece = ir.Model(graph, ir_version=10)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    session = ort.InferenceSession(
-        ir.serde.serialize_model(piece).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    output: np.ndarray = session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})[0]
-    return output
-
-
-def float_values(exported: Exported, names: set[str], inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Values of the float graph: what each operator is really fed with."""
-    model = ir.load(exported.graph)
-    values = {str(value.name): value for node in model.graph for value in node.outputs}
-    own = {name: inputs[name].numpy() for name in names if name in inputs}
-    for name in sorted(names - own.keys()):
-        if not values[name].is_graph_output():
-            values[name].type = values[name].type or ir.TensorType(ir.DataType.FLOAT)
-            model.graph.outputs.append(values[name])
-    session = ort.InferenceSession(
-        ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    wanted = [name for name in names if name not in own]
-    feeds = {item.name: inputs[item.name].numpy() for item in session.get_inputs()}
-    return {**own, **dict(zip(wanted, session.run(wanted, feeds), strict=True))}
-
-
-def compare(exported: Exported, plan: QuantPlan, weights: Path, lower: Callable[[ir.Model], object]) -> float:
-    """Largest difference of any operator, relative to its largest output; batches mix timesteps."""
-    reference, lowered = canonical_graph(exported, plan, weights), canonical_graph(exported, plan, weights)
-    lower(lowered)
-    inputs = random_inputs(BATCH, seed=5)
-    operators = pieces(exported, plan)
-    values = float_values(exported, {name for names, _ in operators.values() for name in names}, inputs)
-    values["timestep"] = inputs["timestep"].numpy()
-    worst = 0.0
-    for names, result in operators.values():
-        expected, actual = (run_piece(model, names, result, values) for model in (reference, lowered))
-        assert expected.shape == actual.shape
-        worst = max(worst, float(np.abs(actual - expected).max() / np.abs(expected).max()))
-    return worst
-
-
-def draw(deep: Exported, folder: Path, seed: int, bits: tuple[int, int | None] | None = None) -> QuantPlan:
-    sampler = PlanSampler(deep, seed, (1, 2, 10, 50)[seed % 4])
-    return sampler.plan(folder / "codes", bits=bits, attention_bits=(None, 8, 5)[seed % 3])
 
 
 @pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])

@@ -1,0 +1,173 @@
+"""Every operator lowered for OpenVINO computes what the canonical one does, in ONNX Runtime and in OpenVINO itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from operator_pieces import compare, cut_piece, draw, float_values, pieces, run_piece
+from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
+
+from dmqexport.errors import EngineError, LoweringError
+from dmqexport.quant_plan import QuantPlan, QuantWeights
+from engines.openvino_ir import OpenVinoRunner, prove_int8
+from passes.bind import bind
+from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO
+from passes.pipelines import lower_openvino
+
+#: OpenVINO rounds x/s + 128 in float32, so a value this near to a tie may take the other code; everything else may not.
+NEAR_TIE = 2.0**-16
+BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    torch.manual_seed(0)
+    exported = export(DeepDenoiser(), tmp_path_factory.mktemp("deep"), random_inputs(2, 0))
+    observe_ranges(exported, random_inputs(8, 1))
+    return exported
+
+
+@pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_lowered_operators_mean_the_canonical_ones(deep: Exported, tmp_path: Path, seed: int, vnni: bool) -> None:
+    plan = draw(deep, tmp_path, seed)
+    lowering = lower_openvino(plan, QuantWeights(tmp_path / "codes"), vnni=vnni)
+    assert compare(deep, plan, tmp_path / "codes", lowering) <= 1e-6
+
+
+def execute(
+    model: ir.Model, names: list[str], result: str, feeds: dict[str, np.ndarray], path: Path
+) -> tuple[np.ndarray, OpenVinoRunner]:
+    """Cut one operator out of `model` and run it in OpenVINO."""
+    path.write_bytes(cut_piece(model, names, result, feeds))
+    runner = OpenVinoRunner(path, threads=1)
+    return runner.run(feeds)[result], runner
+
+
+def distance_to_tie(model: ir.Model, layer: str, names: list[str], feeds: dict[str, np.ndarray]) -> float:
+    """How near any value that the layer's quantizers round comes to the middle between two codes."""
+    nearest = 1.0
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear" and str(node.name).startswith(f"{layer}#"):
+            values = run_piece(model, names, str(node.inputs[0].name), feeds)
+            codes = values.astype(np.float64) / float(node.inputs[1].const_value.numpy())
+            nearest = min(nearest, float(np.abs(codes - np.floor(codes) - 0.5).min()))
+    return nearest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_openvino_computes_the_canonical_operators(deep: Exported, tmp_path: Path, seed: int) -> None:
+    plan = draw(deep, tmp_path, seed)
+    reference, lowered = (canonical_graph(deep, plan, tmp_path / "codes") for _ in range(2))
+    lower_openvino(plan, QuantWeights(tmp_path / "codes"), vnni=True)(lowered)
+    inputs, operators = random_inputs(BATCH, seed=5), pieces(deep, plan)
+    values = float_values(deep, {name for names, _ in operators.values() for name in names}, inputs)
+    values["timestep"] = inputs["timestep"].numpy()
+    exact = 0
+    for name, (names, result) in operators.items():
+        expected = run_piece(reference, names, result, values)
+        actual, _ = execute(lowered, names, result, values, tmp_path / "piece.onnx")
+        assert actual.shape == expected.shape
+        if np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max():
+            exact += 1
+        else:
+            assert distance_to_tie(reference, name, names, values) < NEAR_TIE, name
+    assert exact >= len(operators) - 1
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 7), (8, 8), (8, 4)], ids=["w4a4", "w3a7", "w8a8", "w8a4"])
+@pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])
+def test_openvino_executes_every_planned_layer_in_int8(
+    deep: Exported, tmp_path: Path, bits: tuple[int, int], vnni: bool
+) -> None:
+    plan = draw(deep, tmp_path, 1, bits=bits)
+    path, expected = lowered_file(deep, plan, tmp_path, vnni)
+    runner = OpenVinoRunner(path, threads=1)
+    shapes = {name: tuple(value.shape) for name, value in random_inputs(BATCH, 0).items()}
+    proofs = prove_int8(runner.executed(shapes), expected)
+    assert [proof.node for proof in proofs] == [node for nodes in expected.values() for node in nodes]
+    assert {proof.weight for proof in proofs} == {"i8"}
+
+
+def lowered_file(deep: Exported, plan: QuantPlan, folder: Path, vnni: bool) -> tuple[Path, dict[str, list[str]]]:
+    """(the whole lowered graph on disk, layer → nodes that must run in int8)."""
+    model = canonical_graph(deep, plan, folder / "codes")
+    lower_openvino(plan, QuantWeights(folder / "codes"), vnni=vnni)(model)
+    path = folder / "lowered.onnx"
+    ir.save(model, path)
+    nodes = {name: [str(node.name) for node in item.compute] for name, item in bind(model, plan).layers.items()}
+    return path, {name: nodes[name] for name in nodes if plan.layer(name).activation_bits is not None}
+
+
+def test_the_canonical_graph_alone_does_not_run_in_int8(deep: Exported, tmp_path: Path) -> None:
+    """What the lowering is for, and that the proof sees it: packed weights are multiplied in float."""
+    plan = draw(deep, tmp_path, 1, bits=(4, 4))
+    path, expected = lowered_file(deep, plan, tmp_path, True)
+    ir.save(canonical_graph(deep, plan, tmp_path / "codes"), path)
+    shapes = {name: tuple(value.shape) for name, value in random_inputs(BATCH, 0).items()}
+    with pytest.raises(
+        EngineError, match=r"(?s)quantized operators do not run in int8:\n.*conv_in/Conv.* on f32 x f32"
+    ):
+        prove_int8(OpenVinoRunner(path, threads=1).executed(shapes), expected)
+
+
+_AVX2 = """
+import sys, numpy as np
+from pathlib import Path
+from engines.openvino_ir import OpenVinoRunner
+runner = OpenVinoRunner(Path(sys.argv[1]), threads=1)
+feeds = dict(np.load(sys.argv[2]))
+kernels = {layer.kernel for layer in runner.executed({k: v.shape for k, v in feeds.items()}) if "I8" in layer.kernel}
+assert "jit_avx2_I8" in kernels and not any("avx512" in kernel for kernel in kernels), kernels
+np.savez(sys.argv[3], **runner.run(feeds))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vnni", [True, False], ids=["signed", "portable"])
+def test_portable_weights_do_not_saturate_on_cpus_without_vnni(deep: Exported, tmp_path: Path, vnni: bool) -> None:
+    """oneDNN's own switch takes VNNI away: the weights that rely on it go wrong, the portable ones do not."""
+    plan = draw(deep, tmp_path, 2, bits=(8, 8))
+    reference, lowered = (canonical_graph(deep, plan, tmp_path / "codes") for _ in range(2))
+    lower_openvino(plan, QuantWeights(tmp_path / "codes"), vnni=vnni)(lowered)
+    names, result = pieces(deep, plan)["skip_conv"]
+    random, inputs = np.random.default_rng(0), random_inputs(BATCH, seed=5)
+    shapes = {name: value.shape for name, value in float_values(deep, set(names), inputs).items()}
+    # Saturation needs large codes of one sign beside each other.
+    feeds = {name: (8 + random.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+    feeds["timestep"] = inputs["timestep"].numpy()
+    expected = run_piece(reference, names, result, feeds)
+    graph, given, out = tmp_path / "piece.onnx", tmp_path / "in.npz", tmp_path / "out.npz"
+    graph.write_bytes(cut_piece(lowered, names, result, feeds))
+    np.savez(given, **feeds)
+    subprocess.run(
+        [sys.executable, "-c", _AVX2, graph, given, out],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        check=True,
+        timeout=120,
+    )
+    error = float(np.abs(np.load(out)[result] - expected).max() / np.abs(expected).max())
+    assert (error <= 1e-5) is not vnni, error
+
+
+def test_a_second_run_changes_nothing(deep: Exported, tmp_path: Path) -> None:
+    plan = draw(deep, tmp_path, 1, bits=(8, 4))
+    model = canonical_graph(deep, plan, tmp_path / "codes")
+    for vnni in (False, True):
+        assert LowerOpenVINO(plan, vnni=vnni)(model).modified is not vnni
+
+
+def test_what_openvino_does_not_load_or_runs_in_float_is_refused(deep: Exported, tmp_path: Path) -> None:
+    plan = draw(deep, tmp_path, 1, bits=(8, 8))
+    model = canonical_graph(deep, plan, tmp_path / "codes")
+    node = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+    node.replace_input_with(1, node.inputs[0])
+    next(node for node in model.graph if node.op_type == "Softmax").domain = "com.microsoft"
+    with pytest.raises(LoweringError, match=r"ONNX Runtime only; .*a scale that is not constant runs in float"):
+        VerifyOpenVINO()(model)

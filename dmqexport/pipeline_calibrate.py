@@ -25,6 +25,7 @@ from calib.step_ranges import step_ranges
 from calib.timestep_table import CLUSTER, PER_STEP, clustered, equal_groups, per_step, used_rows
 from dmqexport.bundle import is_replaceable
 from dmqexport.errors import RecipeError
+from dmqexport.models.family import call_diffusers
 from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_checks import check_recipe
@@ -36,14 +37,14 @@ from dmqexport.workspace import StageRecord, Workspace, content_key
 
 #: Raise a stage's number when its result changes for the same inputs, so that old work folders are not reused.
 STAGE_VERSIONS = {
-    "trajectories": 2,
+    "trajectories": 3,
     "scaling": 1,
     "candidates": 1,
     "sensitivity": 1,
     "allocation": 2,
     "pareto": 1,
     "statistics": 1,
-    "plan": 2,
+    "plan": 3,
     "training-set": 1,
     "draft": 1,
     "step-errors": 2,
@@ -59,7 +60,8 @@ STAGE_VERSIONS = {
 _RANGE_ENTRIES = 320  # a range a step is a mean over the entries of that step
 _COMPENSATED = 0.5  # about what second-order rounding leaves of a weight's output error
 _SCALING_ENTRIES = 256  # channel extremes settle long before quantization ranges do
-_REFINE_ENTRIES = 1024  # second moments; more changes nothing measurable
+_REFINE_ENTRIES = 2048  # second moments, of as many trajectories as there are
+_WHOLE_TRAJECTORIES = 64  # kept call by call; of more trajectories, as many calls in all
 _CALIBRATION_SEED = 1_000_000  # far from the seeds of evaluation pictures
 
 
@@ -149,7 +151,7 @@ class Calibration:
 
     @cached_property
     def trajectories(self) -> StageRecord:
-        """Float trajectories: `calibration.safetensors`."""
+        """Calls along float trajectories: `calibration.safetensors`; about as many entries as 64 whole ones have."""
         recipe = self.recipe
         key = {
             **self.base_key("trajectories"),
@@ -158,19 +160,27 @@ class Calibration:
             "seed": recipe.seed,
         }
 
+        size, batch = recipe.calibration.size, recipe.calibration.batch_size
+        stride = max(1, size // _WHOLE_TRAJECTORIES)
+
         def build(folder: Path) -> None:
-            result = sample_images(
-                self.model,
-                list(self.calibration_prompts) or None,
-                [self.calibration_seed + index for index in range(recipe.calibration.size)],
-                steps=self.steps,
-                guidance=self.guidance,
-                batch_size=recipe.calibration.batch_size,
-                record=True,
-                progress=self.workspace.reporter.progress,
-            )
-            assert result.calibration is not None
-            result.calibration.save(folder / "calibration.safetensors")
+            parts = []
+            for start in range(0, size, batch):
+                count = min(batch, size - start)
+                result = sample_images(
+                    self.model,
+                    list(self.calibration_prompts[start : start + count]) or None,
+                    [self.calibration_seed + start + index for index in range(count)],
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    batch_size=batch,
+                    record=True,
+                )
+                assert result.calibration is not None
+                # Thinned batch by batch, so that memory does not grow with the number of trajectories.
+                parts.append(result.calibration.renumbered(start).thinned(stride))
+                self.workspace.reporter.progress(start + count, size)
+            CalibrationSet.concatenate(parts).save(folder / "calibration.safetensors")
 
         return self.workspace.stage("trajectories", key, build)
 
@@ -428,8 +438,7 @@ class Calibration:
 
     def _denoise(self, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            output: Tensor = self.model.denoiser(**inputs, return_dict=False)[0]
-        return output
+            return call_diffusers(self.model.family, self.model.denoiser, inputs)
 
 
 def _unsplit(found: ProbeResult) -> ProbeResult:

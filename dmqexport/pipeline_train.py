@@ -16,6 +16,7 @@ from calib.network_distill import distill_network, teacher_outputs
 from calib.sampling import CalibrationSet
 from calib.trainable import Rates, TrainableModel, TrainOptions, trainable
 from dmqexport.errors import RecipeError
+from dmqexport.models.family import call_diffusers
 from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_rows import RowAllocating
@@ -203,8 +204,7 @@ class Training(RowAllocating):
 
     def _answer(self, inputs: Any) -> Tensor:
         """The denoiser's output, with a gradient where one is asked for."""
-        output: Tensor = self.model.denoiser(**inputs, return_dict=False)[0]
-        return output
+        return call_diffusers(self.model.family, self.model.denoiser, inputs)
 
 
 def _save(model: TrainableModel, folder: Path) -> None:

@@ -1,5 +1,7 @@
 """`DiTTransformer2DModel`: class-conditional transformers over latent patches (DiT)."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
@@ -43,6 +45,10 @@ class DiTFamily:
             "timestep": draw.timesteps(),
             "class_labels": draw.integers(self._classes),
         }
+
+    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """None."""
+        return {}
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (hidden_states, timestep, class_labels) → out_sample."""

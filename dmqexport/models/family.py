@@ -55,6 +55,10 @@ class Family(Protocol):
         """Random inputs of the right shapes, seeded, `timestep` [batch]; `tokens` long where text enters."""
         ...
 
+    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The arguments named in `implied`, for a call of the diffusers forward with `inputs`."""
+        ...
+
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """A module whose forward takes `input_names` and returns the prediction tensor alone; keeps `denoiser`."""
         ...
@@ -176,5 +180,6 @@ def call_diffusers(family: Family, denoiser: Any, inputs: Mapping[str, Tensor]) 
     for name, container in family.nested.items():
         if name in inputs:
             containers.setdefault(container, {})[name] = inputs[name]
-    prediction: Tensor = denoiser(**plain, **containers, return_dict=False)[0]
+    implied = family.implied_arguments(inputs)
+    prediction: Tensor = denoiser(**plain, **containers, **implied, return_dict=False)[0]
     return prediction

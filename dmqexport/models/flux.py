@@ -1,5 +1,7 @@
 """`FluxTransformer2DModel`: rectified-flow transformers over packed latents with rotary positions (FLUX.1)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +55,10 @@ class FluxFamily:
             "timestep": draw.uniform(1.0),
         }
         return {**inputs, "guidance": draw.full(_GUIDANCE)} if "guidance" in self.input_names else inputs
+
+    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Positions: img_ids float32 [H·W/4, 3], txt_ids float32 [tokens, 3] of zeros."""
+        return {"img_ids": self.image_positions(), "txt_ids": torch.zeros(inputs["encoder_hidden_states"].shape[1], 3)}
 
     def image_positions(self) -> Tensor:
         """float32 [H·W/4, 3]: 0, row and column of every packed token."""

@@ -1,6 +1,7 @@
 """`PixArtTransformer2DModel`: text-to-image transformers with cross-attention over masked T5 vectors (PixArt)."""
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
@@ -50,6 +51,10 @@ class PixArtFamily:
             "timestep": draw.timesteps(),
         }
 
+    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (hidden_states, encoder_hidden_states, encoder_attention_mask, timestep) → out_sample."""
         return _Wrapped(denoiser)
@@ -64,12 +69,16 @@ class _Wrapped(nn.Module):
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, timestep: Tensor
     ) -> Tensor:
         none: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        # All batches are one: without these the exporter keeps three symbols apart and cannot fold the heads.
+        batch = hidden_states.shape[0]
+        text = encoder_hidden_states.reshape(batch, *encoder_hidden_states.shape[1:])
+        mask = encoder_attention_mask.reshape(batch, encoder_attention_mask.shape[1])
         output: Tensor = self.denoiser(
             hidden_states,
-            encoder_hidden_states,
+            text,
             timestep,
             added_cond_kwargs=none,
-            encoder_attention_mask=encoder_attention_mask.to(torch.float32),
+            encoder_attention_mask=mask,
             return_dict=False,
         )[0]
         return output

@@ -1,5 +1,7 @@
 """`SD3Transformer2DModel`: multimodal diffusion transformers with flow matching (Stable Diffusion 3 and 3.5)."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from dmqexport.models.family import NOT_NESTED, Config
@@ -38,6 +40,10 @@ class SD3Family:
             "pooled_projections": draw.normal(self._pooled),
             "timestep": draw.uniform(1000.0),
         }
+
+    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """None."""
+        return {}
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (hidden_states, encoder_hidden_states, pooled_projections, timestep) → out_sample."""

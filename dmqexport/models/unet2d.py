@@ -1,5 +1,7 @@
 """`UNet2DModel`: pixel- or latent-space UNets without text (DDPM, DDIM, LDM), unconditional or of classes."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
@@ -37,6 +39,10 @@ class UNet2DFamily:
         draw = ExampleInputs(batch)
         inputs = {"sample": draw.normal(*self._shape), "timestep": draw.timesteps()}
         return inputs if self._classes is None else {**inputs, "class_labels": draw.integers(int(self._classes))}
+
+    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """None."""
+        return {}
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (sample, timestep[, class_labels]) → out_sample."""

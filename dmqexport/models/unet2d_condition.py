@@ -69,6 +69,10 @@ class UNet2DConditionFamily:
             inputs.update(text_embeds=draw.normal(self._pooled), time_ids=ids)
         return inputs
 
+    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (sample, timestep, encoder_hidden_states[, text_embeds, time_ids]) → out_sample."""
         return _WrappedXL(denoiser) if self._added else _Wrapped(denoiser)

@@ -35,7 +35,7 @@ METRICS: Final[Mapping[str, tuple[str, int, bool]]] = {
     "retrieval_accuracy": ("retrieval", 3, True),
 }
 #: What the float side depends on, beside the code.
-_JUDGED: Final = {"model", "revision", "sampling", "validation"}
+_JUDGED: Final = {"model", "revision", "lora", "sampling", "validation"}
 _RUNS: Final = "runs"
 _LAST_LINES: Final = 6
 

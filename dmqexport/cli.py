@@ -24,6 +24,7 @@ from dmqexport.cli_options import (
     BudgetOption,
     DryRunOption,
     JsonOption,
+    LoraOption,
     MaxRamOption,
     MixedOption,
     ModelOption,
@@ -137,6 +138,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         budget: BudgetOption = None,
         pareto: ParetoOption = False,
         revision: RevisionOption = None,
+        lora: LoraOption = None,
         work: WorkOption = None,
         resume: ResumeOption = True,
         dry_run: DryRunOption = False,
@@ -150,6 +152,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         options = {
             "model": model,
             "revision": revision,
+            "lora": lora or None,
             "bits": bits,
             "target": target,
             "seed": seed,

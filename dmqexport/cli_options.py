@@ -73,6 +73,10 @@ AttentionOption = Annotated[
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:SCALE]", help="Fuse a LoRA adapter before quantization. May be repeated."),
+]
 WorkOption = Annotated[Path | None, typer.Option("--work", metavar="FOLDER", help="Work folder, instead of -o's.")]
 ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Reuse finished stages, or do all anew.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]

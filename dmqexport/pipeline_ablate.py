@@ -106,7 +106,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Do one run. job: as `dmqexport.ablate` writes it; returns the result's document, and writes the picture strip."""
     recipe, judged_by = Recipe.model_validate(job["recipe"]), Recipe.model_validate(job["judged_by"])
     work, result = Path(job["work"]), Path(job["result"])
-    for key in ("model", "revision", "sampling"):
+    for key in ("model", "revision", "lora", "sampling"):
         own, expected = getattr(recipe, key), getattr(judged_by, key)
         if own != expected:
             raise RecipeError(

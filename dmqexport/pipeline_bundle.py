@@ -71,6 +71,10 @@ def _copy_companions(build: Build, folder: Path) -> None:
     for name in _COMPANIONS:
         if (source / name).is_dir() and name != "scheduler":
             shutil.copytree(source / name, folder / name, ignore=_ignored)
+    for name in sorted({part for lora in build.model.loras for part in lora.parts} - {build.model.family.component}):
+        # An adapter was fused into this text encoder too: the folder's own weights are not what calibration saw.
+        shutil.rmtree(folder / name)
+        getattr(pipeline, name).save_pretrained(folder / name)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     index = source / "model_index.json"
     components: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
@@ -142,6 +146,10 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
             "source": build.model.source,
             "family": build.model.family.class_name,
             "fingerprint": build.model.fingerprint,
+            "lora": [
+                {"file": lora.file, "sha256": lora.sha256, "scale": lora.scale, "parts": list(lora.parts)}
+                for lora in build.model.loras
+            ],
         },
         "component": build.model.family.component,
         "bits": build.plan.bits,

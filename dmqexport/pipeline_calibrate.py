@@ -98,6 +98,7 @@ class Calibration:
             revision=self.recipe.revision,
             embeddings=self.recipe.calibration.embeddings,
             size=sampling.latent_size,
+            loras=self.recipe.lora,
         )
         check_recipe(self.recipe, loaded)
         reporter.finished("load", time.perf_counter() - start, False)

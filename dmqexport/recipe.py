@@ -48,6 +48,7 @@ _WORDS = {
 OPTIONS = {
     "model": "--model",
     "revision": "--revision",
+    "lora": "--lora",
     "bits": "--bits",
     "target": "--target",
     "seed": "--seed",
@@ -70,6 +71,7 @@ class Recipe(Section):
     schema_version: Literal[1] = 1
     model: str
     revision: str | None = None
+    lora: tuple[str, ...] = Field(default=(), description="adapters to fuse before quantization, FILE[:scale] each")
     bits: str = "w8a8"
     target: Target = Target.ORT_CPU
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -1,6 +1,6 @@
 """One call from what the user wrote to a model that can be sampled, quantized and exported."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -12,6 +12,7 @@ from dmqexport.models.assemble import assemble
 from dmqexport.models.family import Family, family_of
 from dmqexport.models.layout import Layout, read_layout
 from dmqexport.models.locate import Located, locate
+from dmqexport.models.lora import Lora, fuse_loras
 from dmqexport.models.pipeline_kinds import PipelineKind, kind_of
 from dmqexport.models.presets import Preset, emoji_prompts, text_prompts
 from dmqexport.models.quiet import quiet
@@ -31,7 +32,8 @@ class LoadedModel:
     source: what the user wrote. denoiser: float32, eval, without gradients. tokens: length of encoder_hidden_states,
     None without text. fingerprint: sha256 of the configurations and weights, wherever they lie, and of the scheduler's
     class, which may be swapped. random_embeddings: there is no text encoder and seeded noise stands in for prompts.
-    size: (height, width) of the latents where it was chosen.
+    size: (height, width) of the latents where it was chosen. loras: what was fused into the weights; part of the
+    fingerprint.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LoadedModel:
     preset: Preset | None
     random_embeddings: bool = False
     size: tuple[int, int] | None = None
+    loras: tuple[Lora, ...] = ()
 
     @property
     def kind(self) -> PipelineKind | None:
@@ -72,15 +75,17 @@ def load_model(
     revision: str | None = None,
     embeddings: Literal["random"] | None = None,
     size: tuple[int, int] | None = None,
+    loras: Sequence[str] = (),
 ) -> LoadedModel:
     """Load `model`: a preset, a hub id `org/name`, a diffusers folder, or the folder of a bare UNet.
 
     scheduler: short name that replaces the model's own. revision: of a hub model. embeddings="random": let a
     conditional denoiser without text encoder be driven by seeded unit-normal vectors. size: (height, width) of the
-    latents, None for the model's own. Only hub models use the network.
+    latents, None for the model's own. loras: "FILE[:scale]" each, fused in order. Only hub models use the network.
 
-    Raises ModelError for a model that cannot be found, read or handled, ResourceError for disk, memory and
-    permissions, BackendMissingError for a missing library. Writes nothing to the terminal.
+    Raises RecipeError for the scale of an adapter, ModelError for a model or adapter that cannot be found, read or
+    handled, ResourceError for disk, memory and permissions, BackendMissingError for a missing library. Writes nothing
+    to the terminal.
     """
     if embeddings not in (None, "random"):
         raise ModelError(f"embeddings={embeddings!r} is not known", hint='use embeddings="random" or leave it out')
@@ -94,6 +99,7 @@ def load_model(
     swap = scheduler or (located.preset.scheduler if located.preset is not None else None)
     with quiet():
         pipeline = assemble(layout, swap, size=size)
+        fused = fuse_loras(pipeline, loras)
     pipeline.set_progress_bar_config(disable=True)
     denoiser = getattr(pipeline, layout.denoiser)
     steps, guidance = _defaults(located, pipeline, text=layout.kind is not None and layout.kind.conditions == "text")
@@ -107,13 +113,14 @@ def load_model(
         tokens=_tokens(layout, pipeline, family),
         num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps),
         # The scheduler decides what calibration sees, so that another one makes another model.
-        fingerprint=digest(layout.files(), type(pipeline.scheduler).__name__),
+        fingerprint=digest(layout.files(), type(pipeline.scheduler).__name__, *(lora.word for lora in fused)),
         default_prompts=_prompts(located, layout, pipeline, family),
         default_guidance=guidance,
         default_steps=steps,
         preset=located.preset,
         random_embeddings=random_embeddings,
         size=size,
+        loras=fused,
     )
 
 

@@ -75,6 +75,30 @@ def _from_shape_of(value: ir.Value | None, source: ir.Value) -> bool:
     return False
 
 
+class DropIdleSqueeze(ir.passes.InPlacePass):
+    """Remove a Squeeze whose axes all have a known size other than 1.
+
+    torch's `squeeze` leaves such an axis alone and the exporter writes the node all the same, which ONNX's Squeeze
+    (operator spec, since opset 13) refuses. Touches no Squeeze with an axis of size 1 or unknown.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place; reports whether anything changed."""
+        modified = False
+        for node in list(model.graph):
+            if node.op_type != "Squeeze" or len(node.inputs) < 2:
+                continue
+            source, axes = node.inputs[0], constant_array(node.inputs[1])
+            if source is None or source.shape is None or axes is None or not axes.size:
+                continue
+            sizes = [source.shape[int(axis)] for axis in axes.reshape(-1)]
+            if all(isinstance(size, int) and size != 1 for size in sizes):
+                redirect(node.outputs[0], source, [])
+                model.graph.remove(node, safe=True)
+                modified = True
+        return ir.passes.PassResult(model, modified)
+
+
 class GemmToMatMul(ir.passes.InPlacePass):
     """Turn every layer's Gemm (alpha = beta = 1, no transA) into MatMul plus Add, so that linear layers have one form.
 

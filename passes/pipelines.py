@@ -4,7 +4,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dmqexport.quant_plan import QuantPlan, QuantWeights
-from passes.cleanup import GemmToMatMul, SimplifyKeyTranspose
+from passes.cleanup import DropIdleSqueeze, GemmToMatMul, SimplifyKeyTranspose
 from passes.gather_timestep_scale import GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
 from passes.keep_boundary_8bit import KeepBoundary8Bit
@@ -19,7 +19,7 @@ from passes.verify_qdq import VerifyQDQ
 
 def float_cleanup() -> ir.passes.Sequential:
     """Simplifications that float and quantized graphs share, so that comparisons are fair."""
-    return ir.passes.Sequential(SimplifyKeyTranspose(), RemoveUnusedNodesPass())
+    return ir.passes.Sequential(DropIdleSqueeze(), SimplifyKeyTranspose(), RemoveUnusedNodesPass())
 
 
 def canonical(plan: QuantPlan, weights: QuantWeights, narrow_boundary: frozenset[str]) -> ir.passes.Sequential:

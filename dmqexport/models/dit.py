@@ -1,26 +1,20 @@
 """`DiTTransformer2DModel`: class-conditional transformers over latent patches (DiT)."""
 
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
-from dmqexport.models.family import NOT_NESTED, Config
+from dmqexport.models.family import Config, DiffusersFamily
 from dmqexport.models.shapes import ExampleInputs, sample_shape
 
 
-class DiTFamily:
+class DiTFamily(DiffusersFamily):
     """DiT of diffusers. Its prediction holds the noise and, behind it, a learned variance."""
 
     class_name = "DiTTransformer2DModel"
     component = "transformer"
     input_names: tuple[str, ...] = ("hidden_states", "timestep", "class_labels")
     positional: tuple[str, ...] = ("hidden_states", "timestep", "class_labels")
-    nested = NOT_NESTED
-    implied: frozenset[str] = frozenset()
-    embeddings: tuple[str, ...] = ()
-    float_timestep = False
-    timestep_scale = 1.0
     boundary: tuple[str, ...] = ("pos_embed.proj", "proj_out_2", "*.norm1.emb.*")
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
@@ -34,8 +28,8 @@ class DiTFamily:
         if self._shape[1] != self._shape[2]:
             raise ModelError(f"DiT takes square latents only, got {self._shape[1]} x {self._shape[2]}")
         self._classes = int(config.get("num_embeds_ada_norm") or 1000)
-        self.prediction_channels: int | None = self._shape[0]
-        self.null_class: int | None = self._classes
+        self.prediction_channels = self._shape[0]
+        self.null_class = self._classes
 
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """hidden_states float32 [batch, C, H, W], timestep int64 [batch], class_labels int64 [batch]."""
@@ -45,10 +39,6 @@ class DiTFamily:
             "timestep": draw.timesteps(),
             "class_labels": draw.integers(self._classes),
         }
-
-    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """None."""
-        return {}
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (hidden_states, timestep, class_labels) → out_sample."""

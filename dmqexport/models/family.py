@@ -51,6 +51,10 @@ class Family(Protocol):
     #: the condition that means none, in models conditioned on a class; None without classes.
     null_class: int | None
 
+    def planes(self, sample: Tensor) -> Tensor:
+        """`sample` [n, ...] as pictures [n, C, H, W]."""
+        ...
+
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """Random inputs of the right shapes, seeded, `timestep` [batch]; `tokens` long where text enters."""
         ...
@@ -62,6 +66,26 @@ class Family(Protocol):
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """A module whose forward takes `input_names` and returns the prediction tensor alone; keeps `denoiser`."""
         ...
+
+
+class DiffusersFamily:
+    """What most families have in common."""
+
+    nested: Mapping[str, str] = NOT_NESTED
+    implied: frozenset[str] = frozenset()
+    embeddings: tuple[str, ...] = ()
+    float_timestep = False
+    timestep_scale = 1.0
+    prediction_channels: int | None = None
+    null_class: int | None = None
+
+    def planes(self, sample: Tensor) -> Tensor:
+        """The sample itself: it is a picture, or latents laid out as one."""
+        return sample
+
+    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """None."""
+        return {}
 
 
 def _registry() -> dict[str, Callable[[Config, tuple[int, int] | None], Family]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
-from dmqexport.models.family import NOT_NESTED, Config
+from dmqexport.models.family import Config, DiffusersFamily
 from dmqexport.models.shapes import ExampleInputs
 
 _TOKENS = 512
@@ -14,7 +14,7 @@ _LATENTS = (128, 128)  # 1024 pixels; the config has no size
 _GUIDANCE = 3.5
 
 
-class FluxFamily:
+class FluxFamily(DiffusersFamily):
     """FLUX.1 of diffusers. Timesteps are floats from 0 to 1, as its pipeline passes them; positions are constants.
 
     Latents enter packed: 2 x 2 patches as channels, one token a patch. The size is that of the latents before packing.
@@ -24,13 +24,10 @@ class FluxFamily:
     component = "transformer"
     positional: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     embeddings: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
-    nested = NOT_NESTED
     implied: frozenset[str] = frozenset({"img_ids", "txt_ids"})
     float_timestep = True
     timestep_scale = 1000.0
     boundary: tuple[str, ...] = ("x_embedder", "proj_out", "time_text_embed.*", "context_embedder")
-    null_class: int | None = None
-    prediction_channels: int | None = None
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         """Raises ModelError for latents that cannot be packed."""
@@ -55,6 +52,11 @@ class FluxFamily:
             "timestep": draw.uniform(1.0),
         }
         return {**inputs, "guidance": draw.full(_GUIDANCE)} if "guidance" in self.input_names else inputs
+
+    def planes(self, sample: Tensor) -> Tensor:
+        """Unpacked: [n, H·W/4, 4·C] → [n, C, H, W]."""
+        patches = sample.reshape(len(sample), self._height // 2, self._width // 2, self._channels // 4, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(sample), self._channels // 4, self._height, self._width)
 
     def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Positions: img_ids float32 [H·W/4, 3], txt_ids float32 [tokens, 3] of zeros."""

@@ -1,17 +1,16 @@
 """`PixArtTransformer2DModel`: text-to-image transformers with cross-attention over masked T5 vectors (PixArt)."""
 
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
-from dmqexport.models.family import NOT_NESTED, Config
+from dmqexport.models.family import Config, DiffusersFamily
 from dmqexport.models.shapes import ExampleInputs, sample_shape
 
 _TOKENS = 300  # what PixArt-Sigma pads its prompts to; PixArt-Alpha: 120
 
 
-class PixArtFamily:
+class PixArtFamily(DiffusersFamily):
     """PixArt of diffusers. Its prediction holds the noise and, behind it, a variance that samplers ignore."""
 
     class_name = "PixArtTransformer2DModel"
@@ -19,12 +18,7 @@ class PixArtFamily:
     positional: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "timestep")
     embeddings: tuple[str, ...] = ("encoder_hidden_states",)
     input_names: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "encoder_attention_mask", "timestep")
-    nested = NOT_NESTED
-    implied: frozenset[str] = frozenset()
-    float_timestep = False
-    timestep_scale = 1.0
     boundary: tuple[str, ...] = ("pos_embed.proj", "proj_out", "adaln_single.*", "caption_projection.linear_1")
-    null_class: int | None = None
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         """Raises ModelError for micro-conditions on resolution and aspect ratio."""
@@ -36,7 +30,7 @@ class PixArtFamily:
                 hint="PixArt-Sigma, and PixArt-Alpha at 256 and 512 pixels, do without them",
             )
         self._width = int(config.get("caption_channels") or config["cross_attention_dim"])
-        self.prediction_channels: int | None = self._shape[0]
+        self.prediction_channels = self._shape[0]
 
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """hidden_states float32 [batch, C, H, W], encoder_hidden_states float32 [batch, tokens, D],
@@ -50,10 +44,6 @@ class PixArtFamily:
             "encoder_attention_mask": mask,
             "timestep": draw.timesteps(),
         }
-
-    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """None."""
-        return {}
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (hidden_states, encoder_hidden_states, encoder_attention_mask, timestep) → out_sample."""

@@ -65,7 +65,7 @@ def sample_images(
         arguments = _arguments(loaded, texts[first : first + batch_size], chunk, steps, guidance)
         recorder = _recorder(loaded, len(chunk), first) if record else None
         with quiet(), torch.no_grad(), recorder or nullcontext():
-            raw = _call(loaded.pipeline, arguments)
+            raw = _call(loaded, arguments)
         pictures.append(_pictures(raw, chunk, latent="output_type" not in arguments))
         if recorder is not None:
             recorded.append(recorder.result())
@@ -181,8 +181,9 @@ def _recorder(loaded: LoadedModel, pictures: int, first: int) -> TrajectoryRecor
     )
 
 
-def _call(pipeline: Any, arguments: dict[str, Any]) -> npt.NDArray[np.float32]:
+def _call(loaded: LoadedModel, arguments: dict[str, Any]) -> npt.NDArray[np.float32]:
     """The pipeline's pictures, float [n, H, W, C] in [0, 1], or latents [n, C, H, W] as channels last."""
+    pipeline = loaded.pipeline
     try:
         images = pipeline(**arguments).images
     except DmqExportError:
@@ -195,17 +196,8 @@ def _call(pipeline: Any, arguments: dict[str, Any]) -> npt.NDArray[np.float32]:
             hint="try fewer pictures a batch or another scheduler",
         ) from error
     if isinstance(images, Tensor):
-        images = _as_planes(images).permute(0, 2, 3, 1).float().cpu().numpy()
+        images = loaded.family.planes(images).permute(0, 2, 3, 1).float().cpu().numpy()
     return np.asarray(images, dtype=np.float32)
-
-
-def _as_planes(latents: Tensor) -> Tensor:
-    """Latents [n, C, H, W]; packed tokens [n, tokens, C] are laid out as rows of tokens."""
-    if latents.ndim == 4:
-        return latents
-    tokens = latents.shape[1]
-    height = next(side for side in range(int(tokens**0.5), 0, -1) if tokens % side == 0)
-    return latents.transpose(1, 2).reshape(len(latents), latents.shape[2], height, tokens // height)
 
 
 def _pictures(raw: npt.NDArray[np.float32], seeds: list[int], *, latent: bool) -> npt.NDArray[np.uint8]:

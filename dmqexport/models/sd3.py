@@ -1,16 +1,15 @@
 """`SD3Transformer2DModel`: multimodal diffusion transformers with flow matching (Stable Diffusion 3 and 3.5)."""
 
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from dmqexport.models.family import NOT_NESTED, Config
+from dmqexport.models.family import Config, DiffusersFamily
 from dmqexport.models.shapes import ExampleInputs, sample_shape
 
 _TOKENS = 333  # 77 of the two CLIP encoders and 256 of T5
 
 
-class SD3Family:
+class SD3Family(DiffusersFamily):
     """SD3 of diffusers. Timesteps are floats from 0 to 1000."""
 
     class_name = "SD3Transformer2DModel"
@@ -18,17 +17,13 @@ class SD3Family:
     positional: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     input_names: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     embeddings: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
-    nested = NOT_NESTED
-    implied: frozenset[str] = frozenset()
     float_timestep = True
-    timestep_scale = 1.0
     boundary: tuple[str, ...] = ("pos_embed.proj", "proj_out", "time_text_embed.*", "context_embedder")
-    null_class: int | None = None
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         self._shape = sample_shape(config, size)
         self._width, self._pooled = int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
-        self.prediction_channels: int | None = self._shape[0]
+        self.prediction_channels = self._shape[0]
 
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """hidden_states float32 [batch, C, H, W], encoder_hidden_states float32 [batch, tokens, D],
@@ -40,10 +35,6 @@ class SD3Family:
             "pooled_projections": draw.normal(self._pooled),
             "timestep": draw.uniform(1000.0),
         }
-
-    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """None."""
-        return {}
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (hidden_states, encoder_hidden_states, pooled_projections, timestep) → out_sample."""

@@ -1,25 +1,19 @@
 """`UNet2DModel`: pixel- or latent-space UNets without text (DDPM, DDIM, LDM), unconditional or of classes."""
 
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
-from dmqexport.models.family import NOT_NESTED, Config
+from dmqexport.models.family import Config, DiffusersFamily
 from dmqexport.models.shapes import ExampleInputs, sample_shape
 
 
-class UNet2DFamily:
+class UNet2DFamily(DiffusersFamily):
     """UNet of diffusers without cross-attention."""
 
     class_name = "UNet2DModel"
     component = "unet"
     positional: tuple[str, ...] = ("sample", "timestep", "class_labels")
-    nested = NOT_NESTED
-    implied: frozenset[str] = frozenset()
-    embeddings: tuple[str, ...] = ()
-    float_timestep = False
-    timestep_scale = 1.0
     boundary: tuple[str, ...] = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
@@ -28,9 +22,9 @@ class UNet2DFamily:
         kind, self._classes = config.get("class_embed_type"), config.get("num_class_embeds")
         if kind is not None:
             raise ModelError(f"{self.class_name} with class_embed_type {kind!r} is not supported, only class numbers")
-        self.prediction_channels: int | None = self._shape[0]
+        self.prediction_channels = self._shape[0]
         # A model with room for one class more than it has keeps the last for "none", as classifier-free guidance does.
-        self.null_class: int | None = None if self._classes is None else int(self._classes) - 1
+        self.null_class = None if self._classes is None else int(self._classes) - 1
         labels = () if self._classes is None else ("class_labels",)
         self.input_names: tuple[str, ...] = ("sample", "timestep", *labels)
 
@@ -39,10 +33,6 @@ class UNet2DFamily:
         draw = ExampleInputs(batch)
         inputs = {"sample": draw.normal(*self._shape), "timestep": draw.timesteps()}
         return inputs if self._classes is None else {**inputs, "class_labels": draw.integers(int(self._classes))}
-
-    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """None."""
-        return {}
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (sample, timestep[, class_labels]) → out_sample."""

@@ -6,24 +6,20 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
-from dmqexport.models.family import Config
+from dmqexport.models.family import Config, DiffusersFamily
 from dmqexport.models.shapes import CLIP_TOKENS, ExampleInputs, sample_shape
 
 _TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
 
-class UNet2DConditionFamily:
+class UNet2DConditionFamily(DiffusersFamily):
     """Cross-attention UNet of diffusers, with SDXL's added conditions where its config has them."""
 
     class_name = "UNet2DConditionModel"
     component = "unet"
     positional: tuple[str, ...] = ("sample", "timestep", "encoder_hidden_states")
     nested: Mapping[str, str]
-    implied: frozenset[str] = frozenset()
-    float_timestep = False
-    timestep_scale = 1.0
     boundary: tuple[str, ...]
-    null_class: int | None = None
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         """Raises ModelError for conditions other than one text and SDXL's added pair."""
@@ -47,7 +43,7 @@ class UNet2DConditionFamily:
         self.nested = MappingProxyType(dict.fromkeys(names, "added_cond_kwargs"))
         self.input_names: tuple[str, ...] = ("sample", "timestep", "encoder_hidden_states", *names)
         self.embeddings: tuple[str, ...] = ("encoder_hidden_states", *names[:1])
-        self.prediction_channels: int | None = self._shape[0]
+        self.prediction_channels = self._shape[0]
         added_layers = ("add_embedding.*",) if self._added else ()
         self.boundary = ("conv_in", "conv_out", "time_embedding.*", *added_layers, "*.time_emb_proj")
 
@@ -68,10 +64,6 @@ class UNet2DConditionFamily:
                 ids[:, index] = 8.0 * self._shape[side]
             inputs.update(text_embeds=draw.normal(self._pooled), time_ids=ids)
         return inputs
-
-    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """None."""
-        return {}
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """Forward (sample, timestep, encoder_hidden_states[, text_embeds, time_ids]) → out_sample."""

@@ -10,7 +10,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,19 @@ OPSET = 21
 OUTPUT_NAME = "out_sample"
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _WRAPPER = "denoiser"
-_INLINE_LIMIT = 512 * 2**20  # protobuf stops at 2 GB; stay far below and memory-map the rest
+_INLINE_LIMIT = 64 * 2**20  # protobuf stops at 2 GB and copies several times; stay far below, memory-map the rest
 
 logger = logging.getLogger(__name__)
 
 
-def export_float_graph(wrapped: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
+def export_float_graph(
+    wrapped: nn.Module, inputs: Mapping[str, Tensor], path: Path, simplify: Callable[[ir.Model], object] | None = None
+) -> None:
     """Export `wrapped` (forward takes `inputs` by name, holds the model as `.denoiser`) to `path`, opset 21.
 
     The first axis of every input is the dynamic batch; the sample batch must be at least 2 so that it does not
-    specialise. Raises BindingError when the graph names no layer at all; `passes.bind` then checks every single one.
+    specialise. `simplify` rewrites the graph before it is written, so that its weights are written once. Raises
+    BindingError when the graph names no layer at all; `passes.bind` then checks every single one.
     """
     batch = torch.export.Dim("batch", min=1, max=4096)
     layers = {
@@ -57,6 +60,8 @@ def export_float_graph(wrapped: nn.Module, inputs: Mapping[str, Tensor], path: P
     model = program.model
     _annotate(model, layers)
     _rename(model)
+    if simplify is not None:
+        simplify(model)
     save_model(model, path)
 
 

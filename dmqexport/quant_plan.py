@@ -294,6 +294,11 @@ class QuantWeights:
             array: CodeArray = handle.get_tensor(key)
         return array
 
+    def shape(self, layer: str, segment: int) -> tuple[int, ...]:
+        """Shape of the codes of one segment; their values are not read."""
+        with safe_open(str(self.path), framework="numpy") as handle:
+            return tuple(handle.get_slice(f"{layer}#{segment}").get_shape())
+
     def __contains__(self, key: str) -> bool:
         return key in self._names
 

@@ -1,6 +1,6 @@
 """What every pass shares: where names live in the metadata, and a small builder of nodes and constants."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -10,6 +10,7 @@ import onnx_ir as ir
 MODULE_KEY = "dmqexport.module"
 ROLE_KEY = "dmqexport.role"
 SEGMENT_KEY = "dmqexport.segment"
+_SHARED_BYTES = 64  # larger constants are never compared with each other
 
 
 class Role(StrEnum):
@@ -46,11 +47,21 @@ def tag(node: ir.Node, module: str, role: Role, segment: int = 0) -> None:
         node.metadata_props[SEGMENT_KEY] = str(segment)
 
 
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether `value` is an initializer; reads nothing, however large it is."""
+    return value is not None and value.const_value is not None
+
+
 def constant_array(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    """The array of an initializer, or None for a computed value."""
+    """The array of an initializer, or None for a computed value. For a weight, prefer `is_constant`: this reads it."""
     if value is None or value.const_value is None:
         return None
     return np.asarray(value.const_value.numpy())
+
+
+def dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """Shape of an initializer's tensor."""
+    return tuple(tensor.shape.numpy())
 
 
 def rank_of(value: ir.Value) -> int | None:
@@ -67,18 +78,38 @@ class Builder:
 
     def constant(self, array: np.ndarray[Any, Any], name: str, *, share: bool = True) -> ir.Value:
         """Return an initializer holding `array`; small equal ones are one (whatever their name) unless told not to."""
-        key = (str(array.dtype), array.shape, array.tobytes())
-        if share and array.nbytes <= 64 and key in self._constants:
+        share = share and array.nbytes <= _SHARED_BYTES
+        key = (str(array.dtype), array.shape, array.tobytes() if share else b"")
+        if share and key in self._constants:
             return self._constants[key]
+        value = self._initializer(ir.tensor(array, name=self._unique(name)))
+        if share:
+            self._constants[key] = value
+        return value
+
+    def lazy(
+        self, make: Callable[[], np.ndarray[Any, Any]], dtype: ir.DataType, shape: Sequence[int], name: str
+    ) -> ir.Value:
+        """Return an initializer whose array is made when it is written: weights pass through memory one at a time.
+
+        `make` must give the same array of `dtype` and `shape` whenever it is called.
+        """
+        tensor = ir.LazyTensor(
+            lambda: ir.tensor(make(), dtype=dtype), dtype=dtype, shape=ir.Shape(shape), name=self._unique(name)
+        )
+        return self._initializer(tensor)
+
+    def _unique(self, name: str) -> str:
         unique, count = name, 1
         while unique in self.graph.initializers:
             count += 1
             unique = f"{name}.{count}"
-        tensor = ir.tensor(array, name=unique)
-        value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        return unique
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(name=tensor.name, shape=ir.Shape(dims(tensor)), const_value=tensor)
+        value.type = ir.TensorType(tensor.dtype)
         self.graph.register_initializer(value)
-        if share:
-            self._constants[key] = value
         return value
 
     def scalar(self, number: float, name: str) -> ir.Value:

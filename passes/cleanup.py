@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from passes.base import Builder, Role, constant_array, module_of, redirect, role_of, segment_of, tag, take_name
+from passes.base import Builder, Role, dims, is_constant, module_of, redirect, role_of, segment_of, tag, take_name
 
 
 class SimplifyKeyTranspose(ir.passes.InPlacePass):
@@ -63,7 +63,7 @@ def _from_shape_of(value: ir.Value | None, source: ir.Value) -> bool:
     """Whether `value` is built from Shape(source) by Slice and Concat (with constants) alone."""
     if value is None:
         return False
-    if constant_array(value) is not None:
+    if is_constant(value):
         return True
     producer = value.producer()
     if producer is None:
@@ -114,18 +114,18 @@ class GemmToMatMul(ir.passes.InPlacePass):
             if node.op_type != "Gemm" or module is None or role_of(node) is not Role.COMPUTE:
                 continue
             attributes = {name: node.attributes[name].value for name in node.attributes}
-            weight = constant_array(node.inputs[1])
+            weight = node.inputs[1]
             if (
                 weight is None
+                or weight.const_value is None
                 or attributes.get("transA")
                 or {attributes.get(k, 1.0) for k in ("alpha", "beta")} != {1.0}
             ):
                 continue
-            if attributes.get("transB"):
-                weight = np.ascontiguousarray(weight.T)
             output = node.outputs[0]
-            constant = builder.constant(weight, f"{module}/weight")
-            product = builder.node("MatMul", [node.inputs[0], constant], f"{module}/MatMul", before=node, like=output)
+            if attributes.get("transB"):
+                weight = _transposed(builder, weight.const_value, f"{module}/weight")
+            product = builder.node("MatMul", [node.inputs[0], weight], f"{module}/MatMul", before=node, like=output)
             tag(product, module, Role.COMPUTE, segment_of(node))
             result = product.outputs[0]
             result.name = f"{module}/product"
@@ -138,3 +138,9 @@ class GemmToMatMul(ir.passes.InPlacePass):
             model.graph.remove(node, safe=True)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _transposed(builder: Builder, weight: ir.TensorProtocol, name: str) -> ir.Value:
+    """A matrix transposed when it is written, if it ever is: most are replaced by codes before."""
+    rows, columns = dims(weight)
+    return builder.lazy(lambda: np.ascontiguousarray(weight.numpy().T), weight.dtype, [columns, rows], name)

@@ -8,9 +8,10 @@ import onnx_ir as ir
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights
-from dmqexport.quant_types import ActivationQuant, RowConstants, WeightQuant, dequantize_weight
-from passes.base import Builder, Role, constant_array, rank_of, redirect, segment_of, tag, take_name
+from dmqexport.quant_types import ActivationQuant, RowConstants, dequantize_weight
+from passes.base import Builder, Role, constant_array, is_constant, rank_of, redirect, segment_of, tag, take_name
 from passes.bind import AttentionNodes, LayerNodes, bind
+from passes.weight_storage import PACKED_BITS, nominal_weight, signed_weight, weight_axis
 
 ROW = "dmqexport/row"
 ROW_MAP = "dmqexport/row_map"
@@ -51,7 +52,7 @@ class InsertQDQ(ir.passes.InPlacePass):
         modified = False
         for layer in self._plan.layers:
             nodes = bindings.layers[layer.name]
-            if constant_array(nodes.compute[0].inputs[1]) is not None:
+            if is_constant(nodes.compute[0].inputs[1]):
                 work.layer(layer, nodes)
                 modified = True
         for attention in self._plan.attentions:
@@ -91,9 +92,8 @@ class _Insertion:
             index = segment_of(node)
             segment = plan.segments[index]
             name = f"{plan.name}#{index}"
-            codes = self._weights.codes(plan.name, index)
             conv = plan.op is LayerOp.CONV
-            node.replace_input_with(1, self._weight(name, node, codes, segment.weight, conv))
+            node.replace_input_with(1, self._weight(name, node, plan, index))
             bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
             if bias is not None and plan.bias is not None:
                 bias = np.asarray(plan.bias)
@@ -114,6 +114,7 @@ class _Insertion:
             node.replace_input_with(0, quantized.value)
             sums: ir.Value | None = None
             if quantized.correction is not None:
+                codes = self._weights.codes(plan.name, index)
                 total = dequantize_weight(codes, segment.weight).astype(np.float64)
                 total = total.reshape(total.shape[0], -1).sum(axis=1).astype(np.float32)
                 sums = self._builder.constant(total.reshape(-1, 1, 1) if conv else total, f"{name}/weight_sum")
@@ -131,29 +132,26 @@ class _Insertion:
                 return
         raise LoweringError(f"insert_qdq: {module} has a trained bias of {bias.size} values and no constant to replace")
 
-    def _weight(self, name: str, node: ir.Node, codes: np.ndarray, qparams: WeightQuant, conv: bool) -> ir.Value:
-        original = node.inputs[1]
-        stored = codes if conv else np.ascontiguousarray(codes.T)
-        if original is None or original.shape is None or tuple(original.shape) != stored.shape:
-            shape = None if original is None else original.shape
-            raise LoweringError(f"insert_qdq: {name} has codes {stored.shape}, the graph's weight is {shape}")
-        axis = 0 if conv else 1
+    def _weight(self, name: str, node: ir.Node, plan: LayerQuant, index: int) -> ir.Value:
+        original, qparams = node.inputs[1], plan.segments[index].weight
+        shape = self._weights.shape(plan.name, index)
+        shape = shape if plan.op is LayerOp.CONV else shape[::-1]
+        if original is None or original.shape is None or tuple(original.shape) != shape:
+            got = None if original is None else original.shape
+            raise LoweringError(f"insert_qdq: {name} has codes {shape}, the graph's weight is {got}")
         scale = self._builder.constant(np.asarray(qparams.scale), f"{name}/weight_scale")
-        if qparams.bits <= 4:
-            spread = [1] * stored.ndim
-            spread[axis] = -1
-            nominal = stored.astype(np.int64) + qparams.zero_point.reshape(spread)
-            weight = self._builder.constant(nominal.astype(ml_dtypes.uint4), f"{name}/weight_codes")
+        store = nominal_weight if qparams.bits <= PACKED_BITS else signed_weight
+        weight = store(self._builder, self._weights, plan, index, shape, f"{name}/weight_codes")
+        if qparams.bits <= PACKED_BITS:
             zero = self._builder.constant(qparams.zero_point.astype(ml_dtypes.uint4), f"{name}/weight_zero_point")
         else:
-            weight = self._builder.constant(stored, f"{name}/weight_codes")
             zero = self._builder.constant(np.zeros(len(qparams.scale), dtype=np.int8), f"{name}/weight_zero_point")
         dequantize = self._builder.node(
             "DequantizeLinear",
             [weight, scale, zero],
             f"{name}/weight_dequantized",
             before=node,
-            attributes={"axis": axis},
+            attributes={"axis": weight_axis(plan)},
             like=original,
         )
         return dequantize.outputs[0]

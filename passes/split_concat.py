@@ -5,7 +5,7 @@ import onnx_ir as ir
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import QuantPlan
-from passes.base import Builder, Role, constant_array, redirect, tag, take_name
+from passes.base import Builder, Role, constant_array, dims, redirect, tag, take_name
 from passes.bind import bind
 
 
@@ -30,11 +30,12 @@ class SplitConcat(ir.passes.InPlacePass):
                 continue
             node = nodes.compute[0]
             concat = node.inputs[0].producer() if node.inputs[0] is not None else None
-            weight = constant_array(node.inputs[1])
+            weight = node.inputs[1]
             if (
                 concat is None
                 or concat.op_type != "Concat"
                 or weight is None
+                or weight.const_value is None
                 or len(concat.inputs) != len(layer.segments)
             ):
                 raise LoweringError(
@@ -52,9 +53,7 @@ class SplitConcat(ir.passes.InPlacePass):
             attributes = {name: node.attributes[name].value for name in node.attributes}
             total: ir.Value | None = None
             for index, segment in enumerate(layer.segments):
-                part = builder.constant(
-                    np.ascontiguousarray(weight[:, segment.start : segment.stop]), f"{layer.name}/weight{index}"
-                )
+                part = _slice(builder, weight.const_value, segment.start, segment.stop, f"{layer.name}/weight{index}")
                 conv = builder.node(
                     "Conv",
                     [concat.inputs[index], part],
@@ -82,3 +81,10 @@ class SplitConcat(ir.passes.InPlacePass):
             model.graph.remove(node, safe=True)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _slice(builder: Builder, weight: ir.TensorProtocol, start: int, stop: int, name: str) -> ir.Value:
+    """Input channels [start, stop) of a convolution's weight, read when they are written, if they ever are."""
+    outputs, _, *kernel = dims(weight)
+    shape = [outputs, stop - start, *kernel]
+    return builder.lazy(lambda: np.ascontiguousarray(weight.numpy()[:, start:stop]), weight.dtype, shape, name)

@@ -5,9 +5,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights
-from passes.base import Builder, constant_array, segment_of
+from dmqexport.quant_plan import QuantPlan, QuantWeights
+from passes.base import Builder, constant_array, dims, is_constant, segment_of
 from passes.bind import bind
+from passes.weight_storage import signed_weight
 
 #: TensorRT parses opset 21 and 22 without decomposing or refusing what the exporter emits.
 MAX_OPSET = 22
@@ -36,13 +37,13 @@ class LowerTensorRT(ir.passes.InPlacePass):
                 if dequantize is None or segment.weight.bits > 4:
                     continue
                 stored = dequantize.inputs[0]
-                if stored is None or stored.dtype == ir.DataType.INT8:
+                if stored is None or stored.const_value is None or stored.dtype == ir.DataType.INT8:
                     continue
                 label = f"{layer.name}#{segment_of(node)}"
-                codes = self._weights.codes(layer.name, segment_of(node))
-                array = codes if layer.op is LayerOp.CONV else np.ascontiguousarray(codes.T)
                 zeros = np.zeros(len(segment.weight.scale), dtype=np.int8)
-                dequantize.replace_input_with(0, builder.constant(array, f"{label}/weight_s8"))
+                shape = dims(stored.const_value)
+                weight = signed_weight(builder, self._weights, layer, segment_of(node), shape, f"{label}/weight_s8")
+                dequantize.replace_input_with(0, weight)
                 dequantize.replace_input_with(2, builder.constant(zeros, f"{label}/weight_s8_zero"))
                 modified = True
         if modified:
@@ -73,7 +74,7 @@ def _check_qdq(node: ir.Node) -> list[str]:
     problems = []
     scale = constant_array(node.inputs[1])
     zero = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-    is_weight = node.op_type == "DequantizeLinear" and constant_array(node.inputs[0]) is not None
+    is_weight = node.op_type == "DequantizeLinear" and is_constant(node.inputs[0])
     if scale is None:
         problems.append(f"{node.name}: a scale that is not constant runs in float or crashes the builder")
     elif not is_weight and scale.ndim != 0:

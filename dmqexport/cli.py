@@ -43,6 +43,7 @@ from dmqexport.cli_options import (
     StepsOption,
     TargetOption,
     VerboseOption,
+    WeightsOption,
     WorkOption,
 )
 from dmqexport.errors import (
@@ -139,6 +140,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         pareto: ParetoOption = False,
         revision: RevisionOption = None,
         lora: LoraOption = None,
+        weights: WeightsOption = None,
         work: WorkOption = None,
         resume: ResumeOption = True,
         dry_run: DryRunOption = False,
@@ -153,6 +155,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
             "model": model,
             "revision": revision,
             "lora": lora or None,
+            "weights": weights,
             "bits": bits,
             "target": target,
             "seed": seed,

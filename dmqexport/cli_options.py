@@ -77,6 +77,10 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:SCALE]", help="Fuse a LoRA adapter before quantization. May be repeated."),
 ]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="WHICH", help="stored (default), or random: full size without the files."),
+]
 WorkOption = Annotated[Path | None, typer.Option("--work", metavar="FOLDER", help="Work folder, instead of -o's.")]
 ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Reuse finished stages, or do all anew.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]

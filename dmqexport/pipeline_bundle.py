@@ -150,6 +150,7 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
                 {"file": lora.file, "sha256": lora.sha256, "scale": lora.scale, "parts": list(lora.parts)}
                 for lora in build.model.loras
             ],
+            "weights": build.recipe.weights,
         },
         "component": build.model.family.component,
         "bits": build.plan.bits,

@@ -97,6 +97,7 @@ class Calibration:
             scheduler=sampling.scheduler,
             revision=self.recipe.revision,
             embeddings=self.recipe.calibration.embeddings,
+            weights=self.recipe.weights,
             size=sampling.latent_size,
             loras=self.recipe.lora,
         )

@@ -313,6 +313,8 @@ class ReportBuilder:
 
     def _warnings(self) -> list[str]:
         warnings = []
+        if self.build.model.random_weights:
+            warnings.append("weights are random: sizes, times and exactness hold, accuracy and pictures mean nothing")
         if self.build.compiled.missing is not None:
             warnings.append(f"no engine was built: {self.build.compiled.missing.splitlines()[0]}")
         if self.validation.latency is not None and self.validation.latency["ratio"] >= 1:

@@ -49,6 +49,7 @@ OPTIONS = {
     "model": "--model",
     "revision": "--revision",
     "lora": "--lora",
+    "weights": "--weights",
     "bits": "--bits",
     "target": "--target",
     "seed": "--seed",
@@ -72,6 +73,9 @@ class Recipe(Section):
     model: str
     revision: str | None = None
     lora: tuple[str, ...] = Field(default=(), description="adapters to fuse before quantization, FILE[:scale] each")
+    weights: Literal["stored", "random"] = Field(
+        default="stored", description="random: the architecture at full size with seeded random weights"
+    )
     bits: str = "w8a8"
     target: Target = Target.ORT_CPU
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -51,7 +51,7 @@ class Layout:
 def read_layout(folder: Path, replaced: frozenset[str] = frozenset()) -> Layout:
     """Read `folder`'s index and check every weight file's header; nothing is loaded.
 
-    replaced: components of a pipeline that come from elsewhere and need no weights here.
+    replaced: components that come from elsewhere and need no weights here; of a bare denoiser, any means itself.
 
     Raises ModelError for a folder that is no model, an unsupported pipeline or denoiser, missing, pickled, truncated
     or damaged files, and components whose class is custom code.
@@ -60,7 +60,7 @@ def read_layout(folder: Path, replaced: frozenset[str] = frozenset()) -> Layout:
         if (folder / "model_index.json").is_file():
             layout = _pipeline(folder, replaced)
         elif (folder / "config.json").is_file():
-            layout = _bare(folder)
+            layout = _bare(folder, weights=not replaced)
         else:
             raise ModelError(
                 f"{folder} is no model folder: it has neither model_index.json nor config.json",
@@ -112,7 +112,7 @@ def _pipeline(folder: Path, replaced: frozenset[str]) -> Layout:
     return Layout(folder, kind, components, kind.denoiser, labels if isinstance(labels, dict) else None)
 
 
-def _bare(folder: Path) -> Layout:
+def _bare(folder: Path, *, weights: bool) -> Layout:
     config = read_json(folder / "config.json")
     class_name = str(config.get("_class_name"))
     check_family(class_name)
@@ -122,10 +122,9 @@ def _bare(folder: Path) -> Layout:
     if scheduler is None:
         raise _no_scheduler(folder, places)
     library = COMPONENTS.get(class_name, "diffusers")
+    stored = find_weights(folder, _STEMS["diffusers"]) if weights else None
     components = {
-        family.component: Component(
-            family.component, library, class_name, folder, find_weights(folder, _STEMS["diffusers"])
-        ),
+        family.component: Component(family.component, library, class_name, folder, stored),
         "scheduler": Component("scheduler", "diffusers", "", scheduler, None),
     }
     return Layout(folder, None, components, family.component)

@@ -16,6 +16,7 @@ from dmqexport.models.lora import Lora, fuse_loras
 from dmqexport.models.pipeline_kinds import PipelineKind, kind_of
 from dmqexport.models.presets import Preset, emoji_prompts, text_prompts
 from dmqexport.models.quiet import quiet
+from dmqexport.models.random_weights import VERSION, locate_architecture, random_denoiser
 from dmqexport.models.weight_files import digest, read_json
 
 _TEXT_STEPS: Final = 50
@@ -33,7 +34,7 @@ class LoadedModel:
     None without text. fingerprint: sha256 of the configurations and weights, wherever they lie, and of the scheduler's
     class, which may be swapped. random_embeddings: there is no text encoder and seeded noise stands in for prompts.
     size: (height, width) of the latents where it was chosen. loras: what was fused into the weights; part of the
-    fingerprint.
+    fingerprint. random_weights: the architecture is the model's, its weights are drawn.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LoadedModel:
     random_embeddings: bool = False
     size: tuple[int, int] | None = None
     loras: tuple[Lora, ...] = ()
+    random_weights: bool = False
 
     @property
     def kind(self) -> PipelineKind | None:
@@ -76,12 +78,15 @@ def load_model(
     embeddings: Literal["random"] | None = None,
     size: tuple[int, int] | None = None,
     loras: Sequence[str] = (),
+    weights: Literal["stored", "random"] = "stored",
 ) -> LoadedModel:
     """Load `model`: a preset, a hub id `org/name`, a diffusers folder, or the folder of a bare UNet.
 
     scheduler: short name that replaces the model's own. revision: of a hub model. embeddings="random": let a
     conditional denoiser without text encoder be driven by seeded unit-normal vectors. size: (height, width) of the
-    latents, None for the model's own. loras: "FILE[:scale]" each, fused in order. Only hub models use the network.
+    latents, None for the model's own. loras: "FILE[:scale]" each, fused in order. weights="random": draw the denoiser's
+    weights instead of reading them; `model` is then a preset or the folder of a denoiser's config, conditions are
+    seeded vectors, and nothing else is needed. Only hub models use the network.
 
     Raises RecipeError for the scale of an adapter, ModelError for a model or adapter that cannot be found, read or
     handled, ResourceError for disk, memory and permissions, BackendMissingError for a missing library. Writes nothing
@@ -89,17 +94,21 @@ def load_model(
     """
     if embeddings not in (None, "random"):
         raise ModelError(f"embeddings={embeddings!r} is not known", hint='use embeddings="random" or leave it out')
-    located = locate(model, revision)
-    layout = read_layout(located.folder)
+    random = weights == "random"
+    located = locate_architecture(model) if random else locate(model, revision)
+    layout = read_layout(located.folder, frozenset({"weights"}) if random else frozenset())
     component = layout.components[layout.denoiser]
-    family = family_of(component.class_name, read_json(component.folder / "config.json"), size)
+    config = read_json(component.folder / "config.json")
+    family = family_of(component.class_name, config, size)
     random_embeddings = bool(family.embeddings) and layout.kind is None
-    if random_embeddings and embeddings is None:
+    if random_embeddings and embeddings is None and not random:
         raise _no_text_encoder(layout)
     swap = scheduler or (located.preset.scheduler if located.preset is not None else None)
     with quiet():
-        pipeline = assemble(layout, swap, size=size)
+        drawn = {layout.denoiser: random_denoiser(config)} if random else None
+        pipeline = assemble(layout, swap, drawn, size=size)
         fused = fuse_loras(pipeline, loras)
+    words = [VERSION] if random else []
     pipeline.set_progress_bar_config(disable=True)
     denoiser = getattr(pipeline, layout.denoiser)
     steps, guidance = _defaults(located, pipeline, text=layout.kind is not None and layout.kind.conditions == "text")
@@ -113,7 +122,7 @@ def load_model(
         tokens=_tokens(layout, pipeline, family),
         num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps),
         # The scheduler decides what calibration sees, so that another one makes another model.
-        fingerprint=digest(layout.files(), type(pipeline.scheduler).__name__, *(lora.word for lora in fused)),
+        fingerprint=digest(layout.files(), type(pipeline.scheduler).__name__, *words, *(lora.word for lora in fused)),
         default_prompts=_prompts(located, layout, pipeline, family),
         default_guidance=guidance,
         default_steps=steps,
@@ -121,6 +130,7 @@ def load_model(
         random_embeddings=random_embeddings,
         size=size,
         loras=fused,
+        random_weights=random,
     )
 
 

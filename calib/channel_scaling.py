@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from calib.equalize import fold_sites, folds_of
 from calib.freeze import LayerBits
 from calib.probe import ProbeResult
-from calib.range_search import quantization_error
+from calib.range_search import quick_range
 from calib.sampling import CalibrationSet
 from calib.scaling_samples import Geometry, ScaledTensor, TensorSamples, gather_samples, scaled_tensors
 from calib.weight_dilation import (
@@ -48,11 +48,11 @@ Merge = Literal["never", "when-better", "always"]
 _DOCUMENT, _ARRAYS = "channel_scaling.json", "channel_scaling.safetensors"
 _SMALLEST = 1e-4  # dead channels neither blow up nor vanish
 _VECTORS = 768
+_JUDGED_WEIGHTS = 2**19  # of a layer: output channels err alike, and some of them tell what a factor does
 _MERGE_MUST_GAIN = 0.97  # a wide table costs memory and a fused product; float rounding alone must not choose it
 _AWQ_SHARE, _DGQ_SHARE = 0.01, 0.005  # of the channels, as DilateQuant's Appendix G sets both
 _STRENGTHS = (0.25, 0.4, 0.55, 0.7)
 _THRESHOLDS = (1.0, 0.6, 0.3)
-_SHRINKS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.64, 0.56, 0.48, 0.4, 0.3, 0.2)
 _LEARNING_STEPS, _LEARNING_RATE, _LEARNING_REFRESH = 60, 0.02, 10
 
 
@@ -165,10 +165,12 @@ class _Judge:
         weight_error: float,
     ) -> None:
         self._tensor, self._samples, self._widths, self._weight_error = tensor, samples, widths, weight_error
-        self._weights = {
+        #: whole weights, which factors are proposed from, and the output channels that they are judged by
+        self._whole = {
             name: denoiser.get_submodule(name).get_parameter("weight").detach()[:, tensor.start : tensor.stop].float()
             for name in tensor.readers
         }
+        self._weights = {name: _judged_channels(weight) for name, weight in self._whole.items()}
         self._geometry: dict[str, Geometry] = dict(zip(tensor.readers, tensor.geometries, strict=True))
         self._rows = _RowLayout(samples.rows)
         self._outputs = {name: self._columns(name) @ weight.flatten(1).T for name, weight in self._weights.items()}
@@ -218,7 +220,7 @@ class _Judge:
     # Proposals
 
     def _proposals(self, settings: ScalingSettings) -> Iterator[tuple[str, Tensor]]:
-        weights, method = list(self._weights.values()), settings.method
+        weights, method = list(self._whole.values()), settings.method
         if method in ("dilation", "auto"):
             yield "dilation", dilation_factors(weights)
         if method == "dilation-symmetric":
@@ -244,7 +246,7 @@ class _Judge:
     def _smooth(self, strength: float) -> Tensor:
         """max|x_k|^a / max|w_k|^(1 - a), geometric mean 1 (SmoothQuant, arXiv:2211.10438, Eq. 4)."""
         columns = torch.stack([weight.abs().flatten(2).amax(dim=(0, 2)) if weight.ndim > 2 else weight.abs().amax(dim=0)
-                               for weight in self._weights.values()]).amax(dim=0)  # fmt: skip
+                               for weight in self._whole.values()]).amax(dim=0)  # fmt: skip
         factor = self._largest() ** strength / columns.clamp_min(_SMALLEST) ** (1 - strength)
         return (factor / factor.log().mean().exp()).clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
 
@@ -369,6 +371,14 @@ class _Judge:
         return codes * scale.unsqueeze(1)
 
 
+def _judged_channels(weight: Tensor) -> Tensor:
+    """Evenly spread output channels of a large weight [out, ...], all of a small one."""
+    channels = max(1, _JUDGED_WEIGHTS // weight[0].numel())
+    if channels >= len(weight):
+        return weight
+    return weight[torch.arange(channels) * len(weight) // channels]
+
+
 class _RowLayout:
     """Vectors sorted into their table rows, padded to one length: what range searches take."""
 
@@ -386,33 +396,6 @@ class _RowLayout:
         """values [n, channels] → (values, weights) [rows, longest · channels]; padding has weight 0."""
         weights = self._weight.unsqueeze(2).expand(*self._weight.shape, values.shape[1])
         return (values[self._index] * weights).flatten(1), weights.flatten(1)
-
-
-def quick_range(values: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(scale float32 [rows], zero_point int64 [rows]) of low error, one end of the range searched after the other.
-
-    A fifteenth of the work of `search_asymmetric`: enough to rank factors, which is all it is for. Both [rows, n].
-    """
-    low, high = values.amin(dim=1).clamp_max(0.0), values.amax(dim=1).clamp_min(0.0)
-    levels = 2**bits - 1
-
-    def attempt(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale = ((high - low) / levels).clamp_min(1e-12)
-        zero = torch.round(-low / scale).clamp(0, levels).to(torch.int64)
-        return scale, zero, quantization_error(values, weights, scale, zero, bits)
-
-    best = attempt(low, high)
-    ends = (low, high)
-    for moved in ((True, True), (True, False), (False, True)):
-        start = ends
-        for shrink in _SHRINKS[1:]:
-            ends_now = (start[0] * shrink if moved[0] else start[0], start[1] * shrink if moved[1] else start[1])
-            found = attempt(*ends_now)
-            better = found[2] < best[2]
-            best = (torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1]),
-                    torch.where(better, found[2], best[2]))  # fmt: skip
-            ends = (torch.where(better, ends_now[0], ends[0]), torch.where(better, ends_now[1], ends[1]))
-    return best[0], best[1]
 
 
 def _min_max_scale(values: Tensor, bits: int) -> Tensor:

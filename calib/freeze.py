@@ -1,6 +1,6 @@
 """From statistics and bits to the QuantPlan and its integer weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,13 +84,15 @@ def freeze(
     factors: Mapping[str, FloatArray] | None = None,
     row_bits: RowBits | None = None,
     timestep_scale: float = 1.0,
+    provisional: Collection[str] = (),
 ) -> QuantPlan:
     """Choose every scale and zero_point as `search` says, write the weight codes to `codes_path`, return the plan.
 
     Readers of the same tensor with the same bits get the same quantizer, so that the graph quantizes it once.
     factors: float32 [channels] by `source#index` (calib/channel_scaling.py); `statistics` must have been observed with
     the same ones, and the columns of the readers' weights are multiplied by them before they are quantized. row_bits:
-    how rows differ from their layer's bits; None: not at all.
+    how rows differ from their layer's bits; None: not at all. provisional: layers whose weights will be rounded anew,
+    so that their ranges are not worth a search.
     """
     layers: list[LayerQuant] = []
     float_layers = dict(found.unsupported)
@@ -101,7 +103,10 @@ def freeze(
         if choice.widths is None:
             float_layers[info.name] = choice.reason
             continue
-        layers.append(_freeze_layer(denoiser, info, choice, statistics, ranges, codes, search, factors or {}, row_bits))
+        how: RangeMethod = "minmax" if info.name in provisional else search
+        layers.append(
+            _freeze_layer(denoiser, info, choice, statistics, ranges, codes, search, how, factors or {}, row_bits)
+        )
         if progress is not None:
             progress(position + 1, len(found.layers))
     attentions: list[AttentionQuant] = []
@@ -165,6 +170,7 @@ def _freeze_layer(
     ranges: dict[tuple[str, int, int], ActivationQuant],
     codes: dict[str, CodeArray],
     search: RangeMethod,
+    weight_search: RangeMethod,
     factors: Mapping[str, FloatArray],
     row_bits: RowBits | None,
 ) -> LayerQuant:
@@ -185,7 +191,7 @@ def _freeze_layer(
             part = part if factor is None else scaled_columns(part, torch.from_numpy(factor.copy()))
         elif factor is not None:  # a weight-only reader has no table to put a factor in: it reads the tensor as it is
             moment = moment * torch.from_numpy(factor.copy()).square()
-        qparams = _weight(part, moment, choice.widths.weight, info.op, search)
+        qparams = _weight(part, moment, choice.widths.weight, info.op, weight_search)
         codes[f"{info.name}#{index}"] = quantize_weight(part.numpy(), qparams)
         segments.append(Segment(start, stop, qparams, activation))
     return LayerQuant(info.name, info.op, tuple(segments), info.parameters, choice.reason)

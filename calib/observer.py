@@ -17,6 +17,9 @@ from dmqexport.quant_plan import LayerOp
 from dmqexport.quant_types import FloatArray
 
 _TAIL = 4  # exact values kept at each end of every observed tensor
+_FEWEST = 16  # values taken of an entry at least, beside its tails
+_BLOCK = 64
+_PERMUTED = 2**16
 ATTENTION_OPERANDS = ("query", "key", "probability", "value")
 
 
@@ -33,41 +36,66 @@ class ActivationStatistics:
 
 
 class _Accumulator:
-    """Statistics of one tensor; `observe` in any order, `result` sorts by entry."""
+    """Statistics of one tensor: a bounded sample of values, extremes of every row, second moments of the channels.
 
-    def __init__(self, key: str, rows: int, keep: int, seed: int) -> None:
-        self._key, self._rows, self._keep = key, rows, keep
+    Entries may come in any order and in batches of any size: nothing here depends on either.
+    """
+
+    def __init__(self, key: str, rows: int, keep: int, sampled: frozenset[int], seed: int) -> None:
+        """keep: values taken from each entry in `sampled`; of the others, only extremes and moments are kept."""
+        self._key, self._rows, self._keep, self._sampled = key, rows, keep, sampled
         self._generator = seeded_generator(seed, key)
         self._positions: Tensor | None = None
         self._entries: list[int] = []
         self._rows_of: list[int] = []
         self._values: list[Tensor] = []
-        self._moments: list[Tensor] = []
         self._weights = torch.zeros(0)
+        self._low = torch.full((rows,), float("inf"))
+        self._high = torch.full((rows,), -float("inf"))
+        self._moment: Tensor | None = None
+        self._count = 0
 
     def observe(self, tensor: Tensor, entries: list[int], rows: list[int], channel_axis: int | None) -> None:
         """Add `tensor` [entries, ...]; `rows` names the table row of each entry."""
         flat = tensor.reshape(len(entries), -1)
+        tail = min(_TAIL, flat.shape[1] // 4)
+        top, bottom = largest_values(flat, tail).float(), -largest_values(-flat, tail).float()
+        if not bool(torch.isfinite(top).all() and torch.isfinite(bottom).all()):  # NaN counts as the largest
+            raise CalibrationError(f"{self._key}: NaN or infinity in a float activation")
+        where = torch.tensor(rows)
+        self._high.scatter_reduce_(0, where, top.amax(dim=1) if tail else flat.amax(dim=1).float(), "amax")
+        self._low.scatter_reduce_(0, where, bottom.amin(dim=1) if tail else flat.amin(dim=1).float(), "amin")
+        kept = [index for index, entry in enumerate(entries) if entry in self._sampled]
+        if kept:
+            self._values.append(torch.cat([bottom[kept], self._picked(flat, entries, kept), top[kept]], dim=1))
+            self._entries += [entries[index] for index in kept]
+            self._rows_of += [rows[index] for index in kept]
+        if channel_axis is not None:
+            self._add_moments(tensor, channel_axis)
+
+    def _picked(self, flat: Tensor, entries: list[int], kept: list[int]) -> Tensor:
+        """Values at random positions, float32 [kept entries, n]."""
         size = flat.shape[1]
         tail, body = min(_TAIL, size // 4), min(self._keep, size)
         if self._positions is None:
-            self._positions = torch.from_numpy(self._generator.permutation(size)[:body])
+            few = size > _PERMUTED  # then a permutation of all positions would take longer than the forward
+            drawn = self._generator.choice(size, body, replace=False) if few else self._generator.permutation(size)
+            self._positions = torch.from_numpy(drawn[:body])
             outer = torch.ones(tail)
             self._weights = torch.cat([outer, torch.full((body,), (size - 2 * tail) / body), outer])
         # Rotating one random choice by the entry's number covers every position and depends on no batch order.
-        offsets = torch.tensor(entries).unsqueeze(1) * max(1, size // 7 | 1)
-        picked = flat.gather(1, (self._positions.unsqueeze(0) + offsets) % size)
-        top = flat.topk(tail, dim=1).values
-        bottom = flat.topk(tail, dim=1, largest=False).values
-        values = torch.cat([bottom, picked, top], dim=1).float()
-        if not bool(torch.isfinite(values).all()):  # NaN sorts to the top, infinities to either end
-            raise CalibrationError(f"{self._key}: NaN or infinity in a float activation")
-        self._entries += entries
-        self._rows_of += rows
-        self._values.append(values)
-        if channel_axis is not None:
-            axes = [axis for axis in range(1, tensor.ndim) if axis != channel_axis]
-            self._moments.append((tensor.square().mean(dim=axes) if axes else tensor.square()).float())
+        offsets = torch.tensor([entries[index] for index in kept]).unsqueeze(1) * max(1, size // 7 | 1)
+        positions = (self._positions.unsqueeze(0) + offsets) % size
+        return torch.stack([flat[index, chosen] for index, chosen in zip(kept, positions, strict=True)]).float()
+
+    def _add_moments(self, tensor: Tensor, channel_axis: int) -> None:
+        axes = [axis for axis in range(1, tensor.ndim) if axis != channel_axis]
+        norms = torch.linalg.vector_norm(tensor, dim=axes, dtype=torch.float32) if axes else tensor.float()
+        positions = tensor[0].numel() // tensor.shape[channel_axis]
+        # Sums of float32 in float64 are exact unless entries differ by a factor of a million: any order gives the same.
+        total = norms.square().div_(positions).sum(dim=0, dtype=torch.float64)
+        self._moment = total if self._moment is None else self._moment + total
+        self._count += len(tensor)
 
     def result(self) -> ActivationStatistics:
         """Merge what was observed, in entry order."""
@@ -80,14 +108,27 @@ class _Accumulator:
             raise CalibrationError(f"{self._key}: no calibration sample falls into rows {empty}")
         longest = int(counts.max()) * values.shape[1]
         merged, weights = torch.zeros(self._rows, longest), torch.zeros(self._rows, longest)
-        low, high = torch.zeros(self._rows), torch.zeros(self._rows)
         for row in range(self._rows):
             part = values[rows == row]
             merged[row, : part.numel()] = part.flatten()
             weights[row, : part.numel()] = self._weights.repeat(part.shape[0])
-            low[row], high[row] = part.min(), part.max()
-        moments = torch.cat(self._moments)[order].mean(dim=0) if self._moments else torch.zeros(0)
-        return ActivationStatistics(merged, weights, low, high, moments)
+        moments = torch.zeros(0) if self._moment is None else (self._moment / self._count).float()
+        return ActivationStatistics(merged, weights, self._low, self._high, moments)
+
+
+def largest_values(flat: Tensor, count: int) -> Tensor:
+    """The `count` largest values of every row, [rows, count]; flat [rows, n]. NaN counts as the largest.
+
+    They lie in the `count` blocks with the largest maxima, and finding those reads memory once.
+    """
+    size = flat.shape[1]
+    blocks = size // _BLOCK
+    if blocks <= count:
+        return flat.topk(count, dim=1).values
+    body = flat[:, : blocks * _BLOCK].reshape(len(flat), blocks, _BLOCK)
+    chosen = body.amax(dim=2).topk(count, dim=1).indices
+    inside = body.gather(1, chosen.unsqueeze(2).expand(-1, -1, _BLOCK)).flatten(1)
+    return torch.cat([inside, flat[:, blocks * _BLOCK :]], dim=1).topk(count, dim=1).values
 
 
 class Observer:
@@ -124,7 +165,7 @@ class Observer:
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, ActivationStatistics]:
         """Run the float denoiser over `calibration`; returns and keeps `statistics_`, forgetting any earlier ones."""
-        keep = self._values_per_entry(calibration)
+        keep, sampled = self._sample_of(calibration)
         accumulators: dict[str, _Accumulator] = {}
         entries: list[int] = []
         rows: list[int] = []
@@ -132,8 +173,8 @@ class Observer:
 
         def accumulator(key: str, dependent: bool) -> _Accumulator:
             if key not in accumulators:
-                count = keep if dependent else max(16, self._samples_per_row // len(calibration))
-                accumulators[key] = _Accumulator(key, self._rows if dependent else 1, count, self._seed)
+                count = keep if dependent else max(_FEWEST, self._samples_per_row // len(calibration))
+                accumulators[key] = _Accumulator(key, self._rows if dependent else 1, count, sampled, self._seed)
             return accumulators[key]
 
         def layer_hook(layer: LayerInfo) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -172,10 +213,14 @@ class Observer:
         self.statistics_ = {key: part.result() for key, part in accumulators.items()}
         return self.statistics_
 
-    def _values_per_entry(self, calibration: CalibrationSet) -> int:
+    def _sample_of(self, calibration: CalibrationSet) -> tuple[int, frozenset[int]]:
+        """(values taken of an entry, the entries they are taken of): memory does not grow with the calibration set."""
         rows = self._row_map[calibration.timesteps.clamp(0, self._row_map.numel() - 1)]
         largest = int(torch.bincount(rows, minlength=self._rows).max())
-        return max(16, self._samples_per_row // largest)
+        most = max(1, self._samples_per_row // _FEWEST)
+        order = torch.from_numpy(seeded_generator(self._seed, "entries").permutation(len(calibration)))
+        sampled = [order[rows[order] == row][:most] for row in range(self._rows)]
+        return max(_FEWEST, self._samples_per_row // largest), frozenset(torch.cat(sampled).tolist())
 
 
 def attention_operands(query: Tensor, key: Tensor, value: Tensor, extra: Mapping[str, object]) -> tuple[Tensor, ...]:

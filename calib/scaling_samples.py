@@ -167,15 +167,16 @@ class _Collector:
         """Take `each` vectors of every entry, and the extremes of all of it."""
         conv = isinstance(module, nn.Conv2d)
         part = tensor.narrow(1 if conv else tensor.ndim - 1, self.tensor.start, self.tensor.channels)
-        flat = part.movedim(1, -1) if conv else part
-        flat = flat.flatten(0, -2)
-        low, high = flat.amin(dim=0), flat.amax(dim=0)
+        # [batch, ...] without moving channels about: a strided copy of a large activation takes as long as its layer.
+        axes = [axis for axis in range(1, part.ndim) if axis != (1 if conv else part.ndim - 1)]
+        low, high = part.amin(dim=(0, *axes)), part.amax(dim=(0, *axes))
         if self.extremes is not None:
             low, high = torch.minimum(low, self.extremes[0]), torch.maximum(high, self.extremes[1])
         self.extremes = (low, high)
-        total = flat.abs().sum(dim=0, dtype=torch.float64)
+        norms = torch.linalg.vector_norm(part, 1, dim=axes) if axes else part.abs()
+        total = norms.sum(dim=0, dtype=torch.float64)
         self.total = total if self.total is None else self.total + total
-        self.count += len(flat)
+        self.count += part.numel() // self.tensor.channels
         for geometry in dict.fromkeys(self.tensor.geometries):
             self.columns.setdefault(geometry, []).append(self._columns(part, geometry))
         used = rows if self.tensor.timestep_dependent else [0] * len(rows)

@@ -8,6 +8,7 @@ arXiv:2210.17323, Algorithm 1, in its Cholesky form). Nothing is trained and not
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,27 +16,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.probe import removing
-from calib.quantizer import ActivationQuantizer, QuantizedLayer, simulate
+from calib.quantizer import ActivationQuantizer, RowContext
 from calib.range_search import search_weight
 from calib.sampling import TIMESTEP, CalibrationSet
 from calib.weight_dilation import scaled_columns
-from dmqexport.quant_plan import LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
 from dmqexport.quant_types import MAX_BITS, CodeArray, WeightQuant, code_range
 
 _RIDGE = 0.1  # of the mean diagonal; pulls W* back to W where calibration says little
 _DAMPING = 0.01  # of the mean diagonal, as in the paper
 _BLOCK = 128
 _LARGEST_INPUT = 4608  # a 3 × 3 convolution over 512 channels; two square matrices of this size take 170 MB
+_WIDE_BLOCK = 1152  # 128 channels of such a convolution: wider inputs are compensated within blocks of about this size
 _BATCH_POSITIONS = 1024  # output positions kept of every batch: enough for the moments, bounded in time
-_MEMORY_BYTES = 2**30
+MEMORY_BYTES = 2**30
 
 
 @dataclass
 class _Moments:
-    """Running sums over positions: quantized·quantizedᵀ and float·quantizedᵀ, float32 [k, k]."""
+    """Running sums over positions: quantized·quantizedᵀ and float·quantizedᵀ, float32, of each block of inputs."""
 
-    quantized: Tensor
-    mixed: Tensor
+    spans: list[tuple[int, int]]
+    quantized: list[Tensor]
+    mixed: list[Tensor]
+
+    @classmethod
+    def zeros(cls, spans: list[tuple[int, int]]) -> "_Moments":
+        """Nothing seen yet."""
+        squares = [torch.zeros(stop - start, stop - start) for start, stop in spans]
+        return cls(spans, squares, [square.clone() for square in squares])
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add the float and the quantized inputs of some positions, both [positions, k]."""
+        for (start, stop), quantized, mixed in zip(self.spans, self.quantized, self.mixed, strict=True):
+            quantized.addmm_(right[:, start:stop].T, right[:, start:stop])
+            mixed.addmm_(left[:, start:stop].T, right[:, start:stop])
 
 
 def refine_weights(
@@ -47,20 +62,22 @@ def refine_weights(
     batch_size: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    memory: int = MEMORY_BYTES,
 ) -> tuple[QuantPlan, dict[str, CodeArray]]:
     """Return the plan with refitted weight scales, and every weight's codes keyed `layer#segment`.
 
-    Layers at 8 bits (rounding is not their problem), grouped convolutions, and inputs too wide for a square matrix keep
-    their codes. Layers are taken in groups so that memory stays bounded however large the model is.
+    Layers at 8 bits (rounding is not their problem) and grouped convolutions keep their codes. Inputs too wide for a
+    square matrix are taken in blocks of channels, errors compensated within a block. Layers are taken in groups whose
+    moments fit `memory` bytes (one layer may exceed it), however large the model is: one pass over `calibration` each.
     """
-    chosen = [layer for layer in plan.layers if _refinable(denoiser, layer)]
-    groups = list(_groups(denoiser, chosen))
+    chosen = [layer for layer in plan.layers if refinable(denoiser, layer.name, layer.weight_bits)]
+    groups = list(_groups(denoiser, chosen, memory))
     refined: dict[str, LayerQuant] = {}
     codes: dict[str, CodeArray] = {}
     total = len(groups) * len(calibration)
     for number, group in enumerate(groups):
         offset = _offset(progress, number * len(calibration), total)
-        moments = _observe(denoiser, plan, weights, group, calibration, run, batch_size, seed, offset)
+        moments = _observe(denoiser, plan, group, calibration, run, batch_size, seed, offset)
         for layer in group:
             refined[layer.name] = _refine(denoiser, layer, moments, codes)
     for layer in plan.layers:
@@ -76,23 +93,29 @@ def _offset(progress: Callable[[int, int], None] | None, start: int, total: int)
     return lambda count: progress(start + count, total) if progress is not None else None
 
 
-def _width(denoiser: nn.Module, layer: LayerQuant) -> int:
-    weight = denoiser.get_submodule(layer.name).get_parameter("weight")
-    return int(weight[0].numel())
-
-
-def _refinable(denoiser: nn.Module, layer: LayerQuant) -> bool:
-    module = denoiser.get_submodule(layer.name)
+def refinable(denoiser: nn.Module, name: str, bits: int) -> bool:
+    """Whether `refine_weights` rounds the weight of this layer anew."""
+    module = denoiser.get_submodule(name)
     grouped = isinstance(module, nn.Conv2d) and (module.groups != 1 or isinstance(module.padding, str))
-    return layer.weight_bits < MAX_BITS and not grouped and _width(denoiser, layer) <= _LARGEST_INPUT
+    return bits < MAX_BITS and not grouped
 
 
-def _groups(denoiser: nn.Module, layers: Sequence[LayerQuant]) -> Iterator[list[LayerQuant]]:
+def _spans(denoiser: nn.Module, layer: LayerQuant, segment: Segment) -> list[tuple[int, int]]:
+    """Blocks of the columns that a segment's weight is multiplied with; whole channels each."""
+    weight = denoiser.get_submodule(layer.name).get_parameter("weight")
+    taps, channels = int(weight[0, 0].numel()), segment.stop - segment.start
+    count = 1 if channels * taps <= _LARGEST_INPUT else -(-channels * taps // _WIDE_BLOCK)
+    edges = [channels * index // count * taps for index in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def _groups(denoiser: nn.Module, layers: Sequence[LayerQuant], memory: int) -> Iterator[list[LayerQuant]]:
     group: list[LayerQuant] = []
     size = 0
     for layer in layers:
-        needed = 8 * _width(denoiser, layer) ** 2
-        if group and size + needed > _MEMORY_BYTES:
+        spans = [span for segment in layer.segments for span in _spans(denoiser, layer, segment)]
+        needed = 8 * sum((stop - start) ** 2 for start, stop in spans)
+        if group and size + needed > memory:
             yield group
             group, size = [], 0
         group.append(layer)
@@ -104,7 +127,6 @@ def _groups(denoiser: nn.Module, layers: Sequence[LayerQuant]) -> Iterator[list[
 def _observe(
     denoiser: nn.Module,
     plan: QuantPlan,
-    weights: QuantWeights,
     group: Sequence[LayerQuant],
     calibration: CalibrationSet,
     run: Callable[[Mapping[str, Tensor]], object],
@@ -113,21 +135,25 @@ def _observe(
     progress: Callable[[int], None],
 ) -> dict[str, _Moments]:
     """Second moments of the group's inputs along the float model."""
-    with simulate(denoiser, replace(plan, layers=tuple(group), attentions=()), weights) as context:
-        quantized = {layer.name: denoiser.get_submodule(layer.name) for layer in group}
+    context = RowContext(torch.from_numpy(plan.row_map.copy()), timestep_scale=plan.timestep_scale)
     moments: dict[str, _Moments] = {}
     generator = torch.Generator().manual_seed(seed)
 
     def hook(layer: LayerQuant) -> Callable[..., None]:
-        simulated = quantized[layer.name]
-        assert isinstance(simulated, QuantizedLayer)
+        place = 1 if layer.op is LayerOp.CONV else -1
+        quantizers = [
+            None
+            if segment.activation is None
+            else ActivationQuantizer(f"{layer.name}#{index}", segment.activation, context, place)
+            for index, segment in enumerate(layer.segments)
+        ]
 
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
             tensor = args[0]
             axis = 1 if isinstance(module, nn.Conv2d) else tensor.ndim - 1
             for index, segment in enumerate(layer.segments):
                 part = tensor.narrow(axis, segment.start, segment.stop - segment.start)
-                quantizer = simulated.quantizers[index]
+                quantizer = quantizers[index]
                 if segment.activation is not None and segment.activation.channel_factor is not None:
                     # Both moments are of the divided tensor: that is what the weight with its scaled columns reads.
                     spread = (-1,) + (1,) * (tensor.ndim - 2) if axis == 1 else (-1,)
@@ -135,7 +161,7 @@ def _observe(
                 else:
                     divided = part
                 seen = divided
-                if isinstance(quantizer, ActivationQuantizer):
+                if quantizer is not None:
                     seen = quantizer.rescale(quantizer(part))
                     if quantizer.has_shift:
                         seen = seen - quantizer.per_sample(quantizer.correction, seen)
@@ -145,10 +171,8 @@ def _observe(
                     left, right = left[kept], right[kept]
                 key = f"{layer.name}#{index}"
                 if key not in moments:
-                    zeros = torch.zeros(right.shape[1], right.shape[1])
-                    moments[key] = _Moments(zeros, zeros.clone())
-                moments[key].quantized.addmm_(right.T, right)
-                moments[key].mixed.addmm_(left.T, right)
+                    moments[key] = _Moments.zeros(_spans(denoiser, layer, segment))
+                moments[key].add(left, right)
 
         return observe
 
@@ -180,8 +204,12 @@ def _refine(
         part = weight[:, segment.start : segment.stop]
         if segment.activation is not None and segment.activation.channel_factor is not None:
             part = scaled_columns(part, torch.from_numpy(segment.activation.channel_factor.copy()))
-        found = moments[key]
-        target = fit_least_squares(part.flatten(1), found.quantized, found.mixed)
+        found, columns = moments[key], part.flatten(1)
+        fitted = [
+            fit_least_squares(columns[:, start:stop], quantized, mixed)
+            for (start, stop), quantized, mixed in zip(found.spans, found.quantized, found.mixed, strict=True)
+        ]
+        target = torch.cat(fitted, dim=1)
         rounded, qparams = round_second_order(target, found.quantized, segment.weight.bits)
         codes[key] = rounded.reshape(part.shape).to(torch.int8).numpy()
         segments.append(replace(segment, weight=qparams))
@@ -195,17 +223,24 @@ def fit_least_squares(weight: Tensor, quantized: Tensor, mixed: Tensor) -> Tenso
     return fitted
 
 
-def round_second_order(weight: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, WeightQuant]:
+def round_second_order(weight: Tensor, moments: Sequence[Tensor], bits: int) -> tuple[Tensor, WeightQuant]:
     """Signed codes [out, k] of `weight` and their quantizer, compensating each column's rounding in later columns.
 
-    moment: [k, k] sum of x̂ x̂ᵀ. Ranges are searched as for plain rounding, weighted by the moment's diagonal.
+    moments: sums of x̂ x̂ᵀ of consecutive blocks of columns, [k, k] where there is one. Ranges are searched as for plain
+    rounding, weighted by the moments' diagonals.
     """
-    diagonal = moment.diagonal()
+    diagonal = torch.cat([moment.diagonal() for moment in moments])
     found = search_weight(weight, diagonal / diagonal.mean().clamp_min(1e-12), bits)
     qparams = WeightQuant(bits, found.scale.numpy(), found.zero_point.numpy())
     low, high = (torch.from_numpy(bound).unsqueeze(1).float() for bound in code_range(bits, qparams.zero_point))
+    blocks = weight.split([len(moment) for moment in moments], dim=1)  # type: ignore[no-untyped-call]  # torch's own
     scale = found.scale.unsqueeze(1)
-    damped = moment + _DAMPING * diagonal.mean().clamp_min(1e-12) * torch.eye(len(moment))
+    codes = [_compensate(part, moment, scale, low, high) for part, moment in zip(blocks, moments, strict=True)]
+    return torch.cat(codes, dim=1), qparams
+
+
+def _compensate(weight: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    damped = moment + _DAMPING * moment.diagonal().mean().clamp_min(1e-12) * torch.eye(len(moment))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
     open_weight, codes = weight.clone(), torch.zeros_like(weight)
@@ -221,4 +256,4 @@ def round_second_order(weight: Tensor, moment: Tensor, bits: int) -> tuple[Tenso
             block[:, column:] -= error @ local[column : column + 1, column:]
             errors[:, column : column + 1] = error
         open_weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes, qparams
+    return codes

@@ -1,7 +1,7 @@
 """The first half of a build: load, trajectories, scaling, statistics, plan; each cached by what goes into it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -20,7 +20,7 @@ from calib.freeze import LayerBits, RowBits, freeze
 from calib.observer import Observer, load_statistics, save_statistics
 from calib.probe import LayerInfo, ProbeResult, probe
 from calib.sampling import TIMESTEP, CalibrationSet
-from calib.second_order import refine_weights
+from calib.second_order import refinable, refine_weights
 from calib.step_ranges import step_ranges
 from calib.timestep_table import CLUSTER, PER_STEP, clustered, equal_groups, per_step, used_rows
 from dmqexport.bundle import is_replaceable
@@ -38,15 +38,15 @@ from dmqexport.workspace import StageRecord, Workspace, content_key
 #: Raise a stage's number when its result changes for the same inputs, so that old work folders are not reused.
 STAGE_VERSIONS = {
     "trajectories": 3,
-    "scaling": 1,
-    "candidates": 1,
+    "scaling": 2,
+    "candidates": 2,
     "sensitivity": 1,
     "allocation": 2,
     "pareto": 1,
-    "statistics": 1,
-    "plan": 3,
+    "statistics": 2,
+    "plan": 4,
     "training-set": 1,
-    "draft": 1,
+    "draft": 2,
     "step-errors": 2,
     "row-bits": 4,
     "blocks": 1,
@@ -366,8 +366,9 @@ class Calibration:
 
         def build(folder: Path) -> None:
             reporter = self.workspace.reporter
-            plan = self.frozen(folder, self.row_bits)
-            if quantization.rounding == "second-order":
+            refined = quantization.rounding == "second-order"
+            plan = self.frozen(folder, self.row_bits, self._refinable if refined else ())
+            if refined:
                 plan, codes = refine_weights(
                     self.model.denoiser,
                     plan,
@@ -388,8 +389,18 @@ class Calibration:
         """How the activation bits of timestep rows differ from their layer's; None: not at all."""
         return None
 
-    def frozen(self, folder: Path, row_bits: RowBits | None) -> QuantPlan:
-        """The plan with every range searched and weights rounded to the nearest code; writes the codes to `folder`."""
+    @property
+    def _refinable(self) -> tuple[str, ...]:
+        """Layers whose weights second-order rounding rounds anew."""
+        widths = {name: item.widths for name, item in self.layer_bits.items()}
+        denoiser = self.model.denoiser
+        return tuple(n for n, bits in widths.items() if bits is not None and refinable(denoiser, n, bits.weight))
+
+    def frozen(self, folder: Path, row_bits: RowBits | None, provisional: Collection[str] = ()) -> QuantPlan:
+        """The plan with every range searched and weights rounded to the nearest code; writes the codes to `folder`.
+
+        provisional: layers whose weights are rounded anew and are not worth a search here.
+        """
         quantization = self.recipe.quantization
         return freeze(
             self.model.denoiser,
@@ -407,6 +418,7 @@ class Calibration:
             factors=self.scaling.factors,
             row_bits=row_bits,
             timestep_scale=self.model.family.timestep_scale,
+            provisional=provisional,
         )
 
     @property

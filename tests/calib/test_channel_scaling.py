@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from calib import channel_scaling, scaling_samples
 from calib.bit_allocation import uniform
-from calib.channel_scaling import ChannelScaling, Method, ScalingSettings, choose_scaling, quick_range
+from calib.channel_scaling import ChannelScaling, Method, ScalingSettings, choose_scaling
 from calib.equalize import apply_folds, fold_sites
 from calib.freeze import freeze
 from calib.observer import Observer
 from calib.probe import ProbeResult, probe
 from calib.quantizer import simulate
-from calib.range_search import quantization_error, search_asymmetric
+from calib.range_search import quantization_error, quick_range, search_asymmetric
 from calib.sampling import CalibrationSet
 from calib.second_order import refine_weights
 from calib.timestep_table import equal_groups

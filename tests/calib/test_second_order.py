@@ -22,7 +22,7 @@ def test_output_error_is_smaller_than_with_nearest_rounding(bits: int, width: in
     inputs = correlated(2000, width, seed=bits)
     weight = torch.randn(24, width, generator=torch.Generator().manual_seed(7))
     moment = inputs.T @ inputs
-    codes, qparams = round_second_order(weight, moment, bits)
+    codes, qparams = round_second_order(weight, [moment], bits)
     scale = torch.from_numpy(qparams.scale.copy()).unsqueeze(1)
     found = search_weight(weight, moment.diagonal() / moment.diagonal().mean(), bits)
     assert np.array_equal(found.scale.numpy(), qparams.scale)
@@ -39,7 +39,7 @@ def test_output_error_is_smaller_than_with_nearest_rounding(bits: int, width: in
 
 def test_independent_inputs_round_to_nearest() -> None:
     weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
-    codes, qparams = round_second_order(weight, 100 * torch.eye(12), 4)
+    codes, qparams = round_second_order(weight, [100 * torch.eye(12)], 4)
     scale, zero = torch.from_numpy(qparams.scale.copy()), torch.from_numpy(qparams.zero_point.copy()).float()
     expected = torch.round(weight / scale[:, None]).clamp(-zero[:, None], 15 - zero[:, None])
     assert torch.equal(codes, expected)

@@ -61,20 +61,27 @@ def locate(model: str, revision: str | None) -> Located:
     if is_folder:
         return Located(path.resolve().name, path, _converted(path))
     if is_file:
-        raise ModelError(
-            f"{model} is a file, expected a diffusers folder",
-            hint="single-file checkpoints are not opened; convert them with diffusers' from_single_file + "
-            "save_pretrained",
-        )
+        if path.suffix != ".safetensors":
+            raise ModelError(
+                f"{model} is a file, expected a diffusers folder or a whole checkpoint in .safetensors",
+                hint="authors' own .ckpt and .pth of CompVis latent-diffusion and DDIM go through `dmqexport convert`",
+            )
+        from dmqexport.models.single_file import folder_of_file
+
+        folder, hub_id = folder_of_file(path)
+        return Located(path.stem, folder, _by_hub(hub_id))
     # `models/mine` with a folder `models` here is a mistyped path, not a model hub's id.
     if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
-        by_hub = {preset.hub_id: preset for preset in PRESETS.values()}
-        return Located(model.partition("/")[2], download(model, revision), by_hub.get(model))
+        return Located(model.partition("/")[2], download(model, revision), _by_hub(model))
     if "/" in model or "\\" in model or model.startswith((".", "~")):
         raise ModelError(f"the folder {model} does not exist", hint="give a folder that holds model_index.json")
     close = difflib.get_close_matches(model.lower(), PRESETS, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
     raise ModelError(f"there is no preset and no folder named {model!r}", hint=guess + _known())
+
+
+def _by_hub(hub_id: str | None) -> Preset | None:
+    return next((preset for preset in PRESETS.values() if preset.hub_id == hub_id is not None), None)
 
 
 def _converted(folder: Path) -> Preset | None:
@@ -115,11 +122,11 @@ def download(hub_id: str, revision: str | None) -> Path:
         except Exception as error:
             raise _refusal(hub_id, revision, error) from error
     if not any(folder.glob("**/*.safetensors")):
-        named = next((preset for preset in PRESETS.values() if preset.hub_id == hub_id and preset.checkpoint), None)
+        named = _by_hub(hub_id)
         raise ModelError(
             f"{hub_id} offers no safetensors, and pickled weights are not opened, since a pickle can run any code",
             hint=_conversion(named)
-            if named is not None
+            if named is not None and named.checkpoint is not None
             else "find a repository with safetensors, or save one yourself "
             "where you trust the pickle: save_pretrained(folder, safe_serialization=True)",
         )
@@ -156,7 +163,7 @@ def _refusal(hub_id: str, revision: str | None, error: Exception) -> DmqExportEr
             f"the download cache cannot be written for {hub_id}: {error}", hint="point HF_HOME to a writable folder"
         )
     if isinstance(error, hub.GatedRepoError):
-        preset = next((each for each in PRESETS.values() if each.hub_id == hub_id), None)
+        preset = _by_hub(hub_id)
         terms = "" if preset is None else f" ({preset.licence}; forbidden: {preset.forbids or 'nothing of note'})"
         return ModelError(
             f"{hub_id} is gated: its authors ask you to accept terms first{terms}",

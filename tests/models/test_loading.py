@@ -387,7 +387,7 @@ def test_paths_that_are_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ModelError, match=r"neither model_index\.json nor config\.json"):
         load_model(str(tmp_path))
     (tmp_path / "model.ckpt").write_bytes(b"x")
-    with pytest.raises(ModelError, match="single-file"):
+    with pytest.raises(ModelError, match="dmqexport convert"):
         load_model(str(tmp_path / "model.ckpt"))
     # Looks like a hub id, but its first part is a folder here: a typing mistake must not become a download.
     (tmp_path / "models").mkdir()

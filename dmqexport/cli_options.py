@@ -7,7 +7,9 @@ import typer
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("-m", "--model", metavar="MODEL", help="Preset (`dmqexport models`), hub id, diffusers folder, or .safetensors."),
+    typer.Option(
+        "-m", "--model", metavar="MODEL", help="Preset (`dmqexport models`), hub id, diffusers folder, or .safetensors."
+    ),
 ]
 OutputOption = Annotated[
     Path, typer.Option("-o", "--output", metavar="FOLDER", help="The bundle. Work goes to FOLDER.work beside it.")

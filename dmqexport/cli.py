@@ -42,6 +42,7 @@ from dmqexport.cli_options import (
     SizeOption,
     StepsOption,
     TargetOption,
+    VariantOption,
     VerboseOption,
     WeightsOption,
     WorkOption,
@@ -139,6 +140,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         budget: BudgetOption = None,
         pareto: ParetoOption = False,
         revision: RevisionOption = None,
+        variant: VariantOption = None,
         lora: LoraOption = None,
         weights: WeightsOption = None,
         work: WorkOption = None,
@@ -154,6 +156,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         options = {
             "model": model,
             "revision": revision,
+            "variant": variant,
             "lora": lora or None,
             "weights": weights,
             "bits": bits,

@@ -75,6 +75,10 @@ AttentionOption = Annotated[
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 ]
+VariantOption = Annotated[
+    str | None,
+    typer.Option("--variant", metavar="fp16|bf16", help="Weights to take where a model has several. Default: plain."),
+]
 LoraOption = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:SCALE]", help="Fuse a LoRA adapter before quantization. May be repeated."),

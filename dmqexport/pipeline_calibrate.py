@@ -96,6 +96,7 @@ class Calibration:
             self.recipe.model,
             scheduler=sampling.scheduler,
             revision=self.recipe.revision,
+            variant=self.recipe.variant,
             embeddings=self.recipe.calibration.embeddings,
             weights=self.recipe.weights,
             size=sampling.latent_size,

@@ -48,6 +48,7 @@ _WORDS = {
 OPTIONS = {
     "model": "--model",
     "revision": "--revision",
+    "variant": "--variant",
     "lora": "--lora",
     "weights": "--weights",
     "bits": "--bits",
@@ -72,6 +73,7 @@ class Recipe(Section):
     schema_version: Literal[1] = 1
     model: str
     revision: str | None = None
+    variant: Literal["fp16", "bf16"] | None = Field(default=None, description="precision of the weights to download")
     lora: tuple[str, ...] = Field(default=(), description="adapters to fuse before quantization, FILE[:scale] each")
     weights: Literal["stored", "random"] = Field(
         default="stored", description="random: the architecture at full size with seeded random weights"

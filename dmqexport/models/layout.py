@@ -48,31 +48,38 @@ class Layout:
                 yield f"{name}/{path.name}", path
 
 
-def read_layout(folder: Path, replaced: frozenset[str] = frozenset()) -> Layout:
+def read_layout(folder: Path, replaced: frozenset[str] = frozenset(), variant: str | None = None) -> Layout:
     """Read `folder`'s index and check every weight file's header; nothing is loaded.
 
     replaced: components that come from elsewhere and need no weights here; of a bare denoiser, any means itself.
+    variant: "fp16" or "bf16" to take where there are several; the denoiser must have it.
 
     Raises ModelError for a folder that is no model, an unsupported pipeline or denoiser, missing, pickled, truncated
     or damaged files, and components whose class is custom code.
     """
     with file_errors(folder):
         if (folder / "model_index.json").is_file():
-            layout = _pipeline(folder, replaced)
+            layout = _pipeline(folder, replaced, variant)
         elif (folder / "config.json").is_file():
-            layout = _bare(folder, weights=not replaced)
+            layout = _bare(folder, variant, weights=not replaced)
         else:
             raise ModelError(
                 f"{folder} is no model folder: it has neither model_index.json nor config.json",
                 hint="give the folder that diffusers' save_pretrained wrote",
             )
+    stored = layout.components[layout.denoiser].weights
+    if variant is not None and stored is not None and stored.variant != variant:
+        raise ModelError(
+            f"{folder} has no {variant} weights of its {layout.denoiser}, only {stored.variant or 'plain'} ones",
+            hint="leave --variant out",
+        )
     for component in layout.components.values():
         for path in component.weights.files if component.weights is not None else ():
             check_safetensors(path)
     return layout
 
 
-def _pipeline(folder: Path, replaced: frozenset[str]) -> Layout:
+def _pipeline(folder: Path, replaced: frozenset[str], variant: str | None) -> Layout:
     index_path = folder / "model_index.json"
     index = read_json(index_path)
     kind = kind_of(index.get("_class_name"))
@@ -104,7 +111,8 @@ def _pipeline(folder: Path, replaced: frozenset[str]) -> Layout:
         if name != "scheduler" and not name.startswith("tokenizer"):
             if name == kind.denoiser:
                 check_family(class_name)
-            weights = find_weights(place, _STEMS.get(library, _STEMS["diffusers"])) if name not in replaced else None
+            stem = _STEMS.get(library, _STEMS["diffusers"])
+            weights = find_weights(place, stem, variant) if name not in replaced else None
         components[name] = Component(name, library, class_name, place, weights)
     if not (components["scheduler"].folder / "scheduler_config.json").is_file():
         raise _no_scheduler(folder, [components["scheduler"].folder])
@@ -112,7 +120,7 @@ def _pipeline(folder: Path, replaced: frozenset[str]) -> Layout:
     return Layout(folder, kind, components, kind.denoiser, labels if isinstance(labels, dict) else None)
 
 
-def _bare(folder: Path, *, weights: bool) -> Layout:
+def _bare(folder: Path, variant: str | None, *, weights: bool) -> Layout:
     config = read_json(folder / "config.json")
     class_name = str(config.get("_class_name"))
     check_family(class_name)
@@ -122,7 +130,7 @@ def _bare(folder: Path, *, weights: bool) -> Layout:
     if scheduler is None:
         raise _no_scheduler(folder, places)
     library = COMPONENTS.get(class_name, "diffusers")
-    stored = find_weights(folder, _STEMS["diffusers"]) if weights else None
+    stored = find_weights(folder, _STEMS["diffusers"], variant) if weights else None
     components = {
         family.component: Component(family.component, library, class_name, folder, stored),
         "scheduler": Component("scheduler", "diffusers", "", scheduler, None),

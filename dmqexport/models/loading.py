@@ -75,6 +75,7 @@ def load_model(
     *,
     scheduler: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     embeddings: Literal["random"] | None = None,
     size: tuple[int, int] | None = None,
     loras: Sequence[str] = (),
@@ -82,7 +83,8 @@ def load_model(
 ) -> LoadedModel:
     """Load `model`: a preset, a hub id `org/name`, a diffusers folder, or the folder of a bare UNet.
 
-    scheduler: short name that replaces the model's own. revision: of a hub model. embeddings="random": let a
+    scheduler: short name that replaces the model's own. revision: of a hub model. variant: "fp16" or "bf16" where its
+    weights come in several precisions; everything is computed in float32. embeddings="random": let a
     conditional denoiser without text encoder be driven by seeded unit-normal vectors. size: (height, width) of the
     latents, None for the model's own. loras: "FILE[:scale]" each, fused in order. weights="random": draw the denoiser's
     weights instead of reading them; `model` is then a preset or the folder of a denoiser's config, conditions are
@@ -95,8 +97,8 @@ def load_model(
     if embeddings not in (None, "random"):
         raise ModelError(f"embeddings={embeddings!r} is not known", hint='use embeddings="random" or leave it out')
     random = weights == "random"
-    located = locate_architecture(model) if random else locate(model, revision)
-    layout = read_layout(located.folder, frozenset({"weights"}) if random else frozenset())
+    located = locate_architecture(model) if random else locate(model, revision, variant)
+    layout = read_layout(located.folder, frozenset({"weights"}) if random else frozenset(), variant)
     component = layout.components[layout.denoiser]
     config = read_json(component.folder / "config.json")
     family = family_of(component.class_name, config, size)

@@ -4,6 +4,7 @@ import difflib
 import errno
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,7 +14,7 @@ from dmqexport.models import emoji
 from dmqexport.models.originals import PROVENANCE
 from dmqexport.models.presets import PRESETS, Preset
 from dmqexport.models.quiet import quiet
-from dmqexport.models.weight_files import file_errors, read_json
+from dmqexport.models.weight_files import VARIANTS, file_errors, read_json
 
 _log: Final = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Located:
     preset: Preset | None
 
 
-def locate(model: str, revision: str | None) -> Located:
+def locate(model: str, revision: str | None, variant: str | None = None) -> Located:
     """Find `model`: a preset name, a folder, or a hub id `org/name` (the only case that may use the network).
 
     Raises ModelError when there is none of these, ResourceError when the disk is full or not permitted.
@@ -47,7 +48,7 @@ def locate(model: str, revision: str | None) -> Located:
         raise ModelError("no model given", hint=_known())
     preset = PRESETS.get(model)
     if preset is not None and preset.hub_id is not None:
-        return Located(preset.name, download(preset.hub_id, revision), preset)
+        return Located(preset.name, download(preset.hub_id, revision, variant), preset)
     if preset is not None and preset.checkpoint is not None:
         raise ModelError(f"{preset.name} has no folder in diffusers' format on the hub", hint=_conversion(preset))
     if preset is not None:
@@ -72,7 +73,7 @@ def locate(model: str, revision: str | None) -> Located:
         return Located(path.stem, folder, _by_hub(hub_id))
     # `models/mine` with a folder `models` here is a mistyped path, not a model hub's id.
     if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
-        return Located(model.partition("/")[2], download(model, revision), _by_hub(model))
+        return Located(model.partition("/")[2], download(model, revision, variant), _by_hub(model))
     if "/" in model or "\\" in model or model.startswith((".", "~")):
         raise ModelError(f"the folder {model} does not exist", hint="give a folder that holds model_index.json")
     close = difflib.get_close_matches(model.lower(), PRESETS, n=1, cutoff=0.5)
@@ -103,8 +104,11 @@ def _known() -> str:
     return f"presets: {', '.join(PRESETS)}; or a hub id org/name; or a diffusers folder"
 
 
-def download(hub_id: str, revision: str | None) -> Path:
+def download(hub_id: str, revision: str | None, variant: str | None = None) -> Path:
     """Fetch what is needed of a hub model into the shared cache, safetensors only, and return its folder.
+
+    variant: "fp16" or "bf16" where the model offers both. Each component comes once, as the first of what is asked
+    for, plain weights, fp16 and bf16 that it offers.
 
     Already cached models need no network. Raises ModelError with what to do when it cannot be fetched.
     """
@@ -113,12 +117,14 @@ def download(hub_id: str, revision: str | None) -> Path:
 
         _log.info("looking for %s in the local cache, then on the model hub", hub_id)
         try:
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=_patterns("")))
-            for variant in (".fp16", ".bf16"):
-                if not any(folder.glob("**/*.safetensors")):
-                    # Half precision only where nothing else is offered; of the same commit, so that files match.
-                    commit = folder.name
-                    folder = Path(snapshot_download(hub_id, revision=commit, allow_patterns=_patterns(variant)))
+            first, *others = dict.fromkeys((variant, *VARIANTS)) if variant else VARIANTS
+            wanted = [*_CONFIGS, *_weights(first, _COMPONENTS), *(f"{place}config.json" for place in _COMPONENTS)]
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+            for other in others:
+                if lacking := _without_weights(folder):
+                    # Of the same commit, so that files match.
+                    wanted = [*_CONFIGS, *_weights(other, lacking)]
+                    folder = Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=wanted))
         except Exception as error:
             raise _refusal(hub_id, revision, error) from error
     if not any(folder.glob("**/*.safetensors")):
@@ -138,18 +144,28 @@ def download(hub_id: str, revision: str | None) -> Path:
     return folder
 
 
-def _patterns(variant: str) -> list[str]:
-    weights = [
+def _without_weights(folder: Path) -> list[str]:
+    """The components that have a configuration and no safetensors yet."""
+    return [
+        place
+        for place in _COMPONENTS
+        if (folder / place / "config.json").is_file() and not any((folder / place).glob("*.safetensors"))
+    ]
+
+
+def _weights(variant: str | None, components: Iterable[str]) -> list[str]:
+    """Patterns of the weights of `components`, whole and in shards."""
+    infix = f".{variant}" if variant else ""
+    return [
         f"{component}{stem}{ending}"
-        for component in _COMPONENTS
+        for component in components
         for stem in ("diffusion_pytorch_model", "model")
         for ending in (
-            f"{variant}.safetensors",
-            f"{variant}-?????-of-?????.safetensors",
-            f".safetensors.index{variant}.json",
+            f"{infix}.safetensors",
+            f"{infix}-?????-of-?????.safetensors",
+            f".safetensors.index{infix}.json",
         )
     ]
-    return [*_CONFIGS, *(f"{component}config.json" for component in _COMPONENTS), *weights]
 
 
 def _refusal(hub_id: str, revision: str | None, error: Exception) -> DmqExportError:

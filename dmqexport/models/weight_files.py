@@ -11,6 +11,9 @@ from typing import Any, Final
 
 from dmqexport.errors import ModelError, ResourceError
 
+VARIANTS: Final = (None, "fp16", "bf16")
+"""What weights may be called in diffusers' file names, by preference: plain, and the two half precisions."""
+
 PICKLES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _CHUNK: Final = 1 << 20
@@ -52,13 +55,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_weights(folder: Path, stem: str) -> WeightFiles:
+def find_weights(folder: Path, stem: str, preferred: str | None = None) -> WeightFiles:
     """The weights `stem`.safetensors of `folder`, whole or in shards, half precision when there is nothing else.
+
+    preferred: the variant, "fp16" or "bf16", to take where there are several.
 
     Raises ModelError when there are none, and says so when there are only pickles: unpickling runs code of whoever
     made the file.
     """
-    for variant in (None, "fp16", "bf16"):
+    for variant in (*((preferred,) if preferred else ()), *VARIANTS):
         whole = folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors")
         if whole.is_file():
             return WeightFiles((whole,), variant)

@@ -16,6 +16,7 @@ from dmqexport.models.presets import PRESETS
 from dmqexport.models.sampling import sample_images
 from tests.models.original_networks import LdmModel, randomize
 from tests.models.test_convert import CLASSES, PLAIN, SHIFTED, LdmOriginal
+from tests.models.tiny_pipelines import save_unconditional
 
 
 @pytest.mark.parametrize("name", [preset.name for preset in PRESETS.values() if preset.source == "convert"])
@@ -72,18 +73,58 @@ def test_every_component_of_every_kind_is_downloaded_and_no_copy_of_it() -> None
 
 
 def test_half_precision_is_taken_where_nothing_else_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    asked = []
+    """Component by component, and from the same commit."""
+    offered = {
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.bf16.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.bf16.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "text_encoder/model.fp16.safetensors",
+    }
+    revisions = []
 
     def fetch(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((revision, "unet/diffusion_pytorch_model.bf16.safetensors" in allow_patterns))
-        if asked[-1][1]:
-            (tmp_path / "unet.bf16.safetensors").touch()
-        return str(tmp_path)
+        revisions.append(revision)
+        for name in filter_repo_objects(offered, allow_patterns=allow_patterns):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).touch()
+        return str(place)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert download("org/name", "v2") == tmp_path
-    assert asked == [("v2", False), (tmp_path.name, False), (tmp_path.name, True)]
+    for variant, expected in (
+        (None, {"unet/bf16", "vae/", "text_encoder/"}),
+        ("fp16", {"unet/bf16", "vae/", "text_encoder/fp16"}),
+        ("bf16", {"unet/bf16", "vae/bf16", "text_encoder/"}),
+    ):
+        place = tmp_path / str(variant)
+        revisions.clear()
+        assert download("org/name", "v2", variant) == place
+        found = {
+            f"{path.parent.name}/{path.name.partition('.')[2].removesuffix('safetensors').strip('.')}"
+            for path in place.rglob("*.safetensors")
+        }
+        assert found == expected
+        assert revisions[0] == "v2"
+        assert set(revisions[1:]) == {place.name}
+
+
+def test_the_variant_of_a_folder_is_the_users_choice(tmp_path: Path) -> None:
+    folder = save_unconditional(tmp_path / "plain")
+    plain = load_model(str(folder))
+    plain.denoiser.half().save_pretrained(folder / "unet", variant="fp16")
+    assert load_model(str(folder)).fingerprint == load_model(str(folder)).fingerprint == plain.fingerprint
+    half = load_model(str(folder), variant="fp16")
+    assert half.fingerprint != plain.fingerprint
+    assert half.denoiser.dtype == torch.float32
+    weight = load_model(str(folder)).denoiser.conv_in.weight
+    assert torch.equal(half.denoiser.conv_in.weight, weight.half().float())
+    with pytest.raises(ModelError, match="has no bf16 weights of its unet, only plain ones") as caught:
+        load_model(str(folder), variant="bf16")
+    assert caught.value.hint == "leave --variant out"
 
 
 def test_a_repository_of_pickles_points_to_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,9 @@ class BlockGraph:
     seconds: tuple[float, ...]
 
 
-def trace_blocks(denoiser: nn.Module, data: CalibrationSet, run: Run, planned: Collection[str]) -> BlockGraph:
+def trace_blocks(
+    denoiser: nn.Module, data: CalibrationSet, run: Run, planned: Collection[str], units: Collection[str] = ()
+) -> BlockGraph:
     """Observe a few small forwards of the float `denoiser` and return its blocks, their layouts and their readers.
 
     `run` calls the denoiser with named inputs. Raises CalibrationError for layers outside of blocks (`find_blocks`),
@@ -59,7 +61,7 @@ def trace_blocks(denoiser: nn.Module, data: CalibrationSet, run: Run, planned: C
         )
     small = data.select(torch.arange(_PROBE_SIZES[0]))
     large = data.select(torch.arange(len(data) - _PROBE_SIZES[1], len(data)))
-    blocks = find_blocks(denoiser, lambda: run(small), planned)
+    blocks = find_blocks(denoiser, lambda: run(small), planned, units)
     traces = [_observe(denoiser, blocks, run, inputs) for inputs in (small, large)]
     first, second = traces
     inputs, outputs = [], []

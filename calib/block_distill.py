@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -79,19 +79,20 @@ def distill_blocks(
     scratch: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    units: Collection[str] = (),
 ) -> BlockDistillResult:
     """Train `model`, which `trainable` made of `denoiser`, block by block; all its roundings are fixed afterwards.
 
     iterations: per block; held_out: entries (whole trajectories) nothing is trained on, each block is judged by them
     and keeps its earlier parameters when training made it worse; mix_until: share of the iterations that mix float and
     quantized inputs; max_ram: bytes of cached tensors held in memory, None for no bound; scratch: folder of the blocks
-    finished so far, from which a killed run goes on, and of tensors beyond max_ram. Raises CalibrationError when a
-    layer belongs to no block, or no entries are left to train on.
+    finished so far, from which a killed run goes on, and of tensors beyond max_ram; units: as `find_blocks`. Raises
+    CalibrationError when a layer belongs to no block, or no entries are left to train on.
     """
     settings = _Settings(iterations, batch_size, mix_until, seed)
     fitted, held = split_entries(data, held_out, seed)
     with _float_layers(denoiser, model):
-        graph = trace_blocks(denoiser, data, run, list(model.layers))
+        graph = trace_blocks(denoiser, data, run, list(model.layers), units)
     trained = [index for index, block in enumerate(graph.blocks) if block.layers]
     scratch.mkdir(parents=True, exist_ok=True)
     checkpoints = BlockCheckpoints(scratch, _key(model, data, graph, settings, held_out))

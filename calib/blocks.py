@@ -29,11 +29,14 @@ class Block:
     layers: tuple[str, ...]
 
 
-def find_blocks(denoiser: nn.Module, run: Callable[[], object], planned: Collection[str]) -> tuple[Block, ...]:
+def find_blocks(
+    denoiser: nn.Module, run: Callable[[], object], planned: Collection[str], units: Collection[str] = ()
+) -> tuple[Block, ...]:
     """Return the blocks of `denoiser` in the order in which `run()`, one forward, reaches them.
 
-    Blocks never nest; one without planned layers is listed too, since its output can be replayed. Raises
-    CalibrationError when a layer of `planned` does not run, or runs outside of every block more than once.
+    units: names of the modules that are blocks, where class names do not tell. Blocks never nest; one without planned
+    layers is listed too, since its output can be replayed. Raises CalibrationError when a layer of `planned` does not
+    run, or runs outside of every block more than once.
     """
     names = {id(module): name for name, module in denoiser.named_modules()}
     events: list[tuple[str, bool]] = []
@@ -52,16 +55,19 @@ def find_blocks(denoiser: nn.Module, run: Callable[[], object], planned: Collect
     calls: dict[str, int] = {}
     for name, entered in events:
         calls[name] = calls.get(name, 0) + entered
-    candidates = _candidates(denoiser, {name for name, count in calls.items() if count == 1}, set(planned))
+    once = {name for name, count in calls.items() if count == 1}
+    candidates = _candidates(denoiser, once, set(planned), set(units))
     found = _outermost(events, candidates, set(planned))
     _check(found, planned, calls)
     return tuple(Block(name, tuple(layers)) for name, layers in found.items())
 
 
-def _candidates(denoiser: nn.Module, once: set[str], planned: set[str]) -> set[str]:
+def _candidates(denoiser: nn.Module, once: set[str], planned: set[str], units: set[str]) -> set[str]:
     """Modules that may be a block: they ran once, and hold no block of their own."""
     modules = {name: module for name, module in denoiser.named_modules() if name in once and name}
     layers = {name for name, module in modules.items() if name in planned or isinstance(module, _LAYERS)}
+    if units:
+        return (units & once) | layers
     composite = {name: type(module).__name__ for name, module in modules.items() if name not in layers}
     blocks = {name for name, kind in composite.items() if _BLOCK.search(kind)}
     blocks -= _ancestors(blocks)

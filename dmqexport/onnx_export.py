@@ -25,24 +25,37 @@ from passes.base import MODULE_KEY, ROLE_KEY, Role
 OPSET = 21
 OUTPUT_NAME = "out_sample"
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
-_WRAPPER = "denoiser"
 _INLINE_LIMIT = 64 * 2**20  # protobuf stops at 2 GB and copies several times; stay far below, memory-map the rest
 
 logger = logging.getLogger(__name__)
 
 
 def export_float_graph(
-    wrapped: nn.Module, inputs: Mapping[str, Tensor], path: Path, simplify: Callable[[ir.Model], object] | None = None
+    wrapped: nn.Module,
+    inputs: Mapping[str, Tensor],
+    path: Path,
+    simplify: Callable[[ir.Model], object] | None = None,
+    *,
+    wrapper: str = "denoiser",
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
-    """Export `wrapped` (forward takes `inputs` by name, holds the model as `.denoiser`) to `path`, opset 21.
+    """Export `wrapped` (forward takes `inputs` by name) to `path`, opset 21.
 
-    The first axis of every input is the dynamic batch; the sample batch must be at least 2 so that it does not
-    specialise. `simplify` rewrites the graph before it is written, so that its weights are written once. Raises
-    BindingError when the graph names no layer at all; `passes.bind` then checks every single one.
+    wrapper: the attribute of `wrapped` that is the model, "" when it is the model itself. The first axis of every input
+    is the dynamic batch; the sample batch must be at least 2 so that it does not specialise. dynamic_axes: input → axis
+    → name, of further axes that may vary; one name is one size. `simplify` rewrites the graph before it is written, so
+    that its weights are written once. Raises BindingError when the graph names no layer at all; `passes.bind` then
+    checks every single one.
     """
     batch = torch.export.Dim("batch", min=1, max=4096)
+    further = {label for axes in (dynamic_axes or {}).values() for label in axes.values()}
+    sizes = {label: torch.export.Dim(label, min=1, max=65536) for label in sorted(further)}
+    shapes = {
+        name: {0: batch, **{axis: sizes[label] for axis, label in (dynamic_axes or {}).get(name, {}).items()}}
+        for name in inputs
+    }
     layers = {
-        name.removeprefix(f"{_WRAPPER}."): module
+        _inside(name, wrapper): module
         for name, module in wrapped.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
     }
@@ -52,13 +65,13 @@ def export_float_graph(
             kwargs=dict(inputs),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes={name: {0: batch} for name in inputs},
+            dynamic_shapes=shapes,
             output_names=[OUTPUT_NAME],
             verbose=False,
         )
     assert program is not None
     model = program.model
-    _annotate(model, layers)
+    _annotate(model, layers, wrapper)
     _rename(model)
     if simplify is not None:
         simplify(model)
@@ -72,7 +85,7 @@ def save_model(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=external)
 
 
-def _annotate(model: ir.Model, layers: Mapping[str, nn.Module]) -> None:
+def _annotate(model: ir.Model, layers: Mapping[str, nn.Module], wrapper: str) -> None:
     """Turn exporter scopes into module and role properties."""
     bound: set[str] = set()
     attention_matmuls: dict[str, int] = {}
@@ -82,7 +95,7 @@ def _annotate(model: ir.Model, layers: Mapping[str, nn.Module]) -> None:
         node.doc_string = None
         if len(scopes) < 2:
             continue
-        module = str(scopes[-2]).removeprefix(_WRAPPER).removeprefix(".")
+        module = _inside(str(scopes[-2]), wrapper)
         role: Role | None = None
         if str(scopes[-1]).startswith("scaled_dot_product_attention"):
             if node.op_type == "MatMul":
@@ -112,6 +125,11 @@ def _annotate(model: ir.Model, layers: Mapping[str, nn.Module]) -> None:
             "the exported graph names no torch module: no layer can be bound",
             hint=f"torch {torch.__version__} may write its scopes elsewhere; supported: torch 2.9 and newer",
         )
+
+
+def _inside(scope: str, wrapper: str) -> str:
+    """The name of a module in the model, from its name in what was exported."""
+    return scope.removeprefix(wrapper).removeprefix(".") if wrapper else scope
 
 
 def _rename(model: ir.Model) -> None:

@@ -67,8 +67,15 @@ class Build(Training):
         }
 
         def build(folder: Path) -> None:
-            wrapped = self.model.family.wrap(self.model.denoiser)
-            export_float_graph(wrapped, self.model.example_inputs(batch=2), folder / "exported.onnx")
+            family, denoiser = self.model.family, self.model.denoiser
+            wrapped = family.wrap(denoiser)
+            export_float_graph(
+                wrapped,
+                self.model.example_inputs(batch=2),
+                folder / "exported.onnx",
+                wrapper="" if wrapped is denoiser else "denoiser",
+                dynamic_axes=family.dynamic_axes,
+            )
             model = ir.load(folder / "exported.onnx")
             float_cleanup()(model)
             save_model(model, folder / "float.onnx")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from calib.quantizer import simulate
 from dmqexport.errors import DmqExportError, RecipeError
-from dmqexport.models.family import call_diffusers
 from dmqexport.models.sampling import sample_images, set_denoiser
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_validate import Array, Validation, sqnr_db
@@ -71,7 +70,7 @@ class Judge:
         build, entries = self.build, self.validation.reference.entries
         with torch.no_grad():
             parts = [
-                call_diffusers(build.model.family, denoiser, inputs)
+                build.model.family.call(denoiser, inputs)
                 for _, inputs in entries.batches(self.validation.recipe.batch_size)
             ]
         return torch.cat(parts)

@@ -34,7 +34,6 @@ from calib.sensitivity import Sensitivity, candidate_pairs, measure_exact
 from calib.sketch import measure_sketch
 from dmqexport.byte_size import Budget, BudgetKind
 from dmqexport.errors import RecipeError
-from dmqexport.models.family import call_diffusers
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS, Calibration
 from dmqexport.quant_plan import Allocation, QuantPlan
 from dmqexport.quant_types import BitWidths
@@ -448,7 +447,7 @@ class Allocating(Calibration):
         return chosen
 
     def _with_gradients(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return call_diffusers(self.model.family, self.model.denoiser, inputs)
+        return self.model.family.call(self.model.denoiser, inputs)
 
 
 def _bound(patterns: Mapping[str, str], name: str, default: int) -> BitWidths:

@@ -68,14 +68,17 @@ def run_build(build: Build) -> BuildResult:
 def _copy_companions(build: Build, folder: Path) -> None:
     """Everything of the pipeline but the denoiser; the scheduler is the one calibrated, which may have been swapped."""
     source, pipeline = build.model.folder, build.model.pipeline
-    for name in _COMPANIONS:
+    for name in () if build.model.family.returns_tensor else _COMPANIONS:
         if (source / name).is_dir() and name != "scheduler":
             shutil.copytree(source / name, folder / name, ignore=_ignored)
     for name in sorted({part for lora in build.model.loras for part in lora.parts} - {build.model.family.component}):
         # An adapter was fused into this text encoder too: the folder's own weights are not what calibration saw.
         shutil.rmtree(folder / name)
         getattr(pipeline, name).save_pretrained(folder / name)
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    if pipeline.scheduler is not None:
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+    if build.model.family.returns_tensor:
+        return  # an adapter's pipeline is code of its user's
     index = source / "model_index.json"
     components: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     if not components and build.model.random_embeddings:

@@ -25,7 +25,6 @@ from calib.step_ranges import step_ranges
 from calib.timestep_table import CLUSTER, PER_STEP, clustered, equal_groups, per_step, used_rows
 from dmqexport.bundle import is_replaceable
 from dmqexport.errors import RecipeError
-from dmqexport.models.family import call_diffusers
 from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_checks import check_recipe
@@ -108,9 +107,8 @@ class Calibration:
 
     @property
     def denoiser_config(self) -> dict[str, Any]:
-        """The denoiser's diffusers config, without where it was loaded from."""
-        config: Any = self.model.denoiser.config
-        return {key: value for key, value in dict(config).items() if key != "_name_or_path"}
+        """What the bundle says of the denoiser."""
+        return self.model.denoiser_config
 
     @property
     def steps(self) -> int:
@@ -453,7 +451,7 @@ class Calibration:
 
     def _denoise(self, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            return call_diffusers(self.model.family, self.model.denoiser, inputs)
+            return self.model.family.call(self.model.denoiser, inputs)
 
 
 def _unsplit(found: ProbeResult) -> ProbeResult:

@@ -16,7 +16,6 @@ from calib.network_distill import distill_network, teacher_outputs
 from calib.sampling import CalibrationSet
 from calib.trainable import Rates, TrainableModel, TrainOptions, trainable
 from dmqexport.errors import RecipeError
-from dmqexport.models.family import call_diffusers
 from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_rows import RowAllocating
@@ -115,6 +114,7 @@ class Training(RowAllocating):
                     scratch=scratch,
                     seed=self.recipe.seed,
                     progress=self.workspace.reporter.progress,
+                    units=self.model.family.blocks,
                 )
                 _save(model, folder)
             document = [asdict(block) for block in result.blocks]
@@ -204,7 +204,7 @@ class Training(RowAllocating):
 
     def _answer(self, inputs: Any) -> Tensor:
         """The denoiser's output, with a gradient where one is asked for."""
-        return call_diffusers(self.model.family, self.model.denoiser, inputs)
+        return self.model.family.call(self.model.denoiser, inputs)
 
 
 def _save(model: TrainableModel, folder: Path) -> None:

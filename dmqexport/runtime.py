@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from calib.sampling import timestep_keys
 from dmqexport.bundle import Bundle, open_bundle, read_json
 from dmqexport.errors import BundleError, EngineError, ModelError
-from dmqexport.models.family import Family, bind_call, family_of, is_index
+from dmqexport.models.family import Family, bind_call, family_of
 from dmqexport.target import cpu_has_vnni
 from engines.ort import OrtRunner
 
@@ -67,11 +67,13 @@ class QuantizedDenoiser(nn.Module):
         sample = named[self.family.input_names[0]]
         inputs: dict[str, np.ndarray[Any, Any]] = {}
         for name in self.runner.input_names:
-            dtype = torch.int64 if is_index(self.family, name) else torch.float32
+            dtype = torch.int64 if self.family.is_index(name) else torch.float32
             inputs[name] = named[name].detach().to("cpu", dtype).contiguous().numpy()
         self._check_timestep(named["timestep"])
         output = torch.from_numpy(self.runner.run(inputs)[self.runner.output_names[0]])
         output = output.to(sample.device, sample.dtype)
+        if self.family.returns_tensor:
+            return output
         return SimpleNamespace(sample=output) if return_dict else (output,)
 
     def _check_timestep(self, timestep: Tensor) -> None:

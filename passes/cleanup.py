@@ -3,7 +3,19 @@
 import numpy as np
 import onnx_ir as ir
 
-from passes.base import Builder, Role, dims, is_constant, module_of, redirect, role_of, segment_of, tag, take_name
+from passes.base import (
+    Builder,
+    Role,
+    constant_array,
+    dims,
+    is_constant,
+    module_of,
+    redirect,
+    role_of,
+    segment_of,
+    tag,
+    take_name,
+)
 
 
 class SimplifyKeyTranspose(ir.passes.InPlacePass):

@@ -515,7 +515,7 @@ def teacher_forced(
     results.update({name: value.numpy() for name, value in inputs.items()})
 
     agreement = Agreement()
-    context = RowContext(torch.from_numpy(plan.row_map.copy()))
+    context = RowContext(torch.from_numpy(plan.row_map.copy()), timestep_scale=plan.timestep_scale)
     context.set_timestep(inputs["timestep"], inputs["timestep"].shape[0])
 
     def tensor(value: ir.Value) -> Tensor:

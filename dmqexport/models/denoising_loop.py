@@ -14,7 +14,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from dmqexport.models.family import Family, call_diffusers
+from dmqexport.models.family import Family
 
 
 class DenoisingLoop(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no types
@@ -56,7 +56,7 @@ class DenoisingLoop(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
             if family.timestep_scale != 1.0:
                 timestep = timestep / family.timestep_scale
             inputs = {family.input_names[0]: model_input, "timestep": timestep, **every}
-            prediction = call_diffusers(family, denoiser, inputs)
+            prediction = family.call(denoiser, inputs)
             if family.prediction_channels is not None:
                 prediction = prediction[:, : family.prediction_channels]
             if guided:

@@ -15,6 +15,9 @@ from dmqexport.models.own_classes import model_class
 Config = Mapping[str, Any]
 """A denoiser's diffusers config."""
 
+ADAPTER: Final = "Adapter"
+"""What stands where a diffusers denoiser has its class name, for a module that its user adapted."""
+
 NOT_NESTED: Final[Mapping[str, str]] = MappingProxyType({})
 """`nested` of a family whose inputs are all arguments of their own."""
 
@@ -44,6 +47,12 @@ class Family(Protocol):
     float_timestep: bool
     #: what a timestep is multiplied by before it is rounded to its key in the timestep table.
     timestep_scale: float
+    #: modules that are distilled as one unit; empty: found by their class names.
+    blocks: tuple[str, ...]
+    #: input → axis → name, of axes beside the batch that may vary at run time.
+    dynamic_axes: Mapping[str, Mapping[int, str]]
+    #: whether the forward returns its prediction alone, not as diffusers does.
+    returns_tensor: bool
     #: glob patterns of the layers that stay at 8 bit (first, last, time embedding).
     boundary: tuple[str, ...]
     #: channels of the prediction that steer sampling; what exceeds them is a learned variance.
@@ -59,8 +68,12 @@ class Family(Protocol):
         """Random inputs of the right shapes, seeded, `timestep` [batch]; `tokens` long where text enters."""
         ...
 
-    def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The arguments named in `implied`, for a call of the diffusers forward with `inputs`."""
+    def is_index(self, name: str) -> bool:
+        """Whether input `name` holds integers (int64); the others are float32."""
+        ...
+
+    def call(self, denoiser: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Call `denoiser`, float or not, with `inputs` by name as a pipeline would; returns the prediction tensor."""
         ...
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
@@ -78,17 +91,36 @@ class DiffusersFamily:
     timestep_scale = 1.0
     prediction_channels: int | None = None
     null_class: int | None = None
+    blocks: tuple[str, ...] = ()
+    dynamic_axes: Mapping[str, Mapping[int, str]] = MappingProxyType({})
+    returns_tensor = False
 
     def planes(self, sample: Tensor) -> Tensor:
         """The sample itself: it is a picture, or latents laid out as one."""
         return sample
 
     def implied_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """None."""
+        """The arguments named in `implied`: none."""
         return {}
+
+    def is_index(self, name: str) -> bool:
+        """Classes and timesteps are indices, unless time is continuous."""
+        return name == "class_labels" or (name == "timestep" and not self.float_timestep)
+
+    def call(self, denoiser: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """With nested inputs in their dictionary and implied arguments computed."""
+        plain = {name: value for name, value in inputs.items() if name not in self.nested}
+        containers: dict[str, dict[str, Tensor]] = {}
+        for name, container in self.nested.items():
+            if name in inputs:
+                containers.setdefault(container, {})[name] = inputs[name]
+        implied = self.implied_arguments(inputs)
+        prediction: Tensor = denoiser(**plain, **containers, **implied, return_dict=False)[0]
+        return prediction
 
 
 def _registry() -> dict[str, Callable[[Config, tuple[int, int] | None], Family]]:
+    from dmqexport.models.adapter_family import AdapterFamily
     from dmqexport.models.dit import DiTFamily
     from dmqexport.models.flux import FluxFamily
     from dmqexport.models.pixart import PixArtFamily
@@ -97,6 +129,7 @@ def _registry() -> dict[str, Callable[[Config, tuple[int, int] | None], Family]]
     from dmqexport.models.unet2d_condition import UNet2DConditionFamily
 
     return {
+        ADAPTER: AdapterFamily,
         "UNet2DModel": UNet2DFamily,
         "FixedHeadsUNet2DModel": FixedHeadsUNet2DFamily,
         "UNet2DConditionModel": UNet2DConditionFamily,
@@ -110,13 +143,13 @@ def _registry() -> dict[str, Callable[[Config, tuple[int, int] | None], Family]]
 
 def family_names() -> tuple[str, ...]:
     """The diffusers class names that are supported."""
-    return tuple(_registry())
+    return tuple(name for name in _registry() if name != ADAPTER)
 
 
 def check_family(class_name: str) -> None:
     """Raise ModelError when the diffusers class `class_name` is not supported."""
     if class_name not in _registry():
-        known = ", ".join(sorted(_registry()))
+        known = ", ".join(sorted(family_names()))
         raise ModelError(
             f"denoiser class {class_name!r} is not supported",
             hint=f"supported: {known}; any other torch module through an adapter, -m package.module:factory",
@@ -126,7 +159,8 @@ def check_family(class_name: str) -> None:
 def family_of(class_name: str, config: Config, size: tuple[int, int] | None = None) -> Family:
     """The family of a diffusers class with this config; raises ModelError when it is not supported."""
     check_family(class_name)
-    config = {**_defaults(class_name), **config}
+    if class_name != ADAPTER:
+        config = {**_defaults(class_name), **config}
     if class_name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
         class_name = "PixArtTransformer2DModel"
     return _registry()[class_name](config, size)
@@ -183,27 +217,10 @@ def _spread(name: str, value: Any, batch: int) -> Tensor:
     return tensor
 
 
-def is_index(family: Family, name: str) -> bool:
-    """Whether input `name` holds integers (int64); the others are float32."""
-    return name == "class_labels" or (name == "timestep" and not family.float_timestep)
-
-
 def _typed(family: Family, name: str, tensor: Tensor) -> Tensor:
     """Timesteps as the family counts them, masks as floats; every other tensor as it came."""
     if name == "timestep" and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise ModelError(f"timestep {tensor.tolist()} is not finite")
-    if is_index(family, name):
+    if family.is_index(name):
         return (tensor.round() if tensor.is_floating_point() else tensor).to(torch.int64)
     return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
-
-
-def call_diffusers(family: Family, denoiser: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Call `denoiser` as a diffusers pipeline would, with `inputs` by name; returns the prediction tensor."""
-    plain = {name: value for name, value in inputs.items() if name not in family.nested}
-    containers: dict[str, dict[str, Tensor]] = {}
-    for name, container in family.nested.items():
-        if name in inputs:
-            containers.setdefault(container, {})[name] = inputs[name]
-    implied = family.implied_arguments(inputs)
-    prediction: Tensor = denoiser(**plain, **containers, **implied, return_dict=False)[0]
-    return prediction

@@ -8,6 +8,14 @@ from typing import Any, Final, Literal
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError
+from dmqexport.models.adapter_family import AdapterFamily
+from dmqexport.models.adapter_loading import (
+    AdapterPipeline,
+    adapter_config,
+    adapter_digest,
+    is_reference,
+    make_adapter,
+)
 from dmqexport.models.assemble import assemble
 from dmqexport.models.family import Family, family_of
 from dmqexport.models.layout import Layout, read_layout
@@ -54,6 +62,13 @@ class LoadedModel:
     size: tuple[int, int] | None = None
     loras: tuple[Lora, ...] = ()
     random_weights: bool = False
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def denoiser_config(self) -> dict[str, Any]:
+        """What the bundle says of the denoiser: its diffusers config without its origin, or the adapter's."""
+        config: Any = self.denoiser.config if self.config is None else self.config
+        return {key: value for key, value in dict(config).items() if key != "_name_or_path"}
 
     @property
     def kind(self) -> PipelineKind | None:
@@ -63,6 +78,8 @@ class LoadedModel:
     @property
     def num_timesteps(self) -> int:
         """Length of a timestep table: the training timesteps, and the end point of continuous time."""
+        if self.family.returns_tensor:
+            return self.num_train_timesteps  # an adapter counts its keys itself
         return self.num_train_timesteps + int(self.family.float_timestep)
 
     def example_inputs(self, batch: int = 2) -> dict[str, Tensor]:
@@ -81,7 +98,8 @@ def load_model(
     loras: Sequence[str] = (),
     weights: Literal["stored", "random"] = "stored",
 ) -> LoadedModel:
-    """Load `model`: a preset, a hub id `org/name`, a diffusers folder, or the folder of a bare UNet.
+    """Load `model`: a preset, a hub id `org/name`, a diffusers folder, the folder of a bare denoiser, or an adapter's
+    factory `package.module:factory`, whose code is run.
 
     scheduler: short name that replaces the model's own. revision: of a hub model. variant: "fp16" or "bf16" where its
     weights come in several precisions; everything is computed in float32. embeddings="random": let a
@@ -94,6 +112,8 @@ def load_model(
     handled, ResourceError for disk, memory and permissions, BackendMissingError for a missing library. Writes nothing
     to the terminal.
     """
+    if is_reference(model):
+        return _adapted(model, size)
     if embeddings not in (None, "random"):
         raise ModelError(f"embeddings={embeddings!r} is not known", hint='use embeddings="random" or leave it out')
     random = weights == "random"
@@ -133,6 +153,30 @@ def load_model(
         size=size,
         loras=fused,
         random_weights=random,
+    )
+
+
+def _adapted(reference: str, size: tuple[int, int] | None) -> LoadedModel:
+    """The model of an adapter; sampler, prompts and weights are its own affair."""
+    adapter = make_adapter(reference)
+    config = adapter_config(adapter)
+    family = AdapterFamily(config, size)
+    denoiser = adapter.module.float().eval().requires_grad_(requires_grad=False)
+    return LoadedModel(
+        name=reference.rpartition(":")[2],
+        source=reference,
+        folder=Path.cwd(),
+        family=family,
+        denoiser=denoiser,
+        pipeline=AdapterPipeline(adapter, family),
+        tokens=None,
+        num_train_timesteps=adapter.num_timesteps,
+        fingerprint=adapter_digest(adapter),
+        default_prompts=(),
+        default_guidance=adapter.guidance,
+        default_steps=adapter.steps,
+        preset=None,
+        config=config,
     )
 
 

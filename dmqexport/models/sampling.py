@@ -66,7 +66,8 @@ def sample_images(
         recorder = _recorder(loaded, len(chunk), first) if record else None
         with quiet(), torch.no_grad(), recorder or nullcontext():
             raw = _call(loaded, arguments)
-        pictures.append(_pictures(raw, chunk, latent="output_type" not in arguments))
+        decoded = "output_type" in arguments or getattr(loaded.pipeline, "decodes", False)
+        pictures.append(_pictures(raw, chunk, latent=not decoded))
         if recorder is not None:
             recorded.append(recorder.result())
         if progress is not None:
@@ -79,10 +80,10 @@ def set_denoiser(pipeline: Any, component: Any) -> None:
 
     Raises ModelError when the pipeline has no denoiser to replace or `component` cannot stand in for it.
     """
-    name = next((name for name in ("unet", "transformer") if hasattr(pipeline, name)), None)
+    name = next((name for name in ("unet", "transformer", "denoiser") if hasattr(pipeline, name)), None)
     if name is None:
         raise ModelError(f"{type(pipeline).__name__} has no component 'unet' or 'transformer' to replace")
-    for needed in ("config", "dtype"):
+    for needed in () if name == "denoiser" else ("config", "dtype"):
         if not hasattr(component, needed):
             raise ModelError(f"{type(component).__name__} cannot replace the denoiser: it has no `{needed}`")
     if not callable(component):
@@ -124,6 +125,8 @@ def _arguments(loaded: LoadedModel, texts: list[str], seeds: list[int], steps: i
         "num_inference_steps": steps,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
     }
+    if loaded.family.returns_tensor:
+        return {"seeds": seeds, "num_inference_steps": steps, "guidance_scale": guidance}
     kind = loaded.kind
     if kind is not None:
         arguments["output_type"] = "np"

@@ -1,7 +1,7 @@
 """Denoiser inputs along float trajectories: recorded from a running pipeline, stored as safetensors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,18 @@ class CalibrationSet:
         order = order[torch.argsort(self.step[order], stable=True)]
         picked = order[torch.linspace(0, len(self) - 1, count).round().long()].sort().values
         return self.at(picked)
+
+    def renumbered(self, first: int) -> "CalibrationSet":
+        """The same entries, trajectories counted from `first` instead of 0."""
+        return replace(self, trajectory=self.trajectory + first)
+
+    def thinned(self, stride: int) -> "CalibrationSet":
+        """Every `stride`-th call of each trajectory, all its guidance halves; neighbouring trajectories keep others.
+
+        A trajectory's calls resemble each other, and what is fitted to few trajectories fits no others: of the same
+        number of entries, those from more trajectories are worth more. `stride` trajectories cover every step.
+        """
+        return self if stride == 1 else self.at(torch.nonzero((self.step + self.trajectory) % stride == 0).flatten())
 
     def save(self, path: Path) -> None:
         """Write to `path` as safetensors."""

@@ -28,7 +28,7 @@ _DAMPING = 0.01  # of the mean diagonal, as in the paper
 _BLOCK = 128
 _LARGEST_INPUT = 4608  # a 3 × 3 convolution over 512 channels; two square matrices of this size take 170 MB
 _WIDE_BLOCK = 1152  # 128 channels of such a convolution: wider inputs are compensated within blocks of about this size
-_BATCH_POSITIONS = 1024  # output positions kept of every batch: enough for the moments, bounded in time
+_BATCH_POSITIONS = 512  # output positions kept of every batch: entries say more than more positions of each
 MEMORY_BYTES = 2**30
 
 

@@ -1,7 +1,7 @@
 """The first half of a build: load, trajectories, scaling, statistics, plan; each cached by what goes into it."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -49,7 +49,7 @@ STAGE_VERSIONS = {
     "step-errors": 2,
     "row-bits": 4,
     "blocks": 1,
-    "network": 2,
+    "network": 3,
     "export": 1,
     "passes": 2,
     "compile": 1,
@@ -161,29 +161,37 @@ class Calibration:
             "seed": recipe.seed,
         }
 
-        size, batch = recipe.calibration.size, recipe.calibration.batch_size
+        size = recipe.calibration.size
         stride = max(1, size // _WHOLE_TRAJECTORIES)
 
         def build(folder: Path) -> None:
             parts = []
-            for start in range(0, size, batch):
-                count = min(batch, size - start)
-                result = sample_images(
-                    self.model,
-                    list(self.calibration_prompts[start : start + count]) or None,
-                    [self.calibration_seed + start + index for index in range(count)],
-                    steps=self.steps,
-                    guidance=self.guidance,
-                    batch_size=batch,
-                    record=True,
-                )
-                assert result.calibration is not None
-                # Thinned batch by batch, so that memory does not grow with the number of trajectories.
-                parts.append(result.calibration.renumbered(start).thinned(stride))
-                self.workspace.reporter.progress(start + count, size)
+            for done, part in self.sampled(size, self.calibration_prompts, self.calibration_seed):
+                parts.append(part.thinned(stride))
+                self.workspace.reporter.progress(done, size)
             CalibrationSet.concatenate(parts).save(folder / "calibration.safetensors")
 
         return self.workspace.stage("trajectories", key, build)
+
+    def sampled(self, count: int, prompts: Sequence[str], seed: int) -> Iterator[tuple[int, CalibrationSet]]:
+        """(trajectories done, the batch's calls) of `count` float trajectories from consecutive seeds.
+
+        Batch by batch, so that whoever keeps only some calls needs no more memory than those.
+        """
+        batch = self.recipe.calibration.batch_size
+        for start in range(0, count, batch):
+            stop = min(start + batch, count)
+            result = sample_images(
+                self.model,
+                list(prompts[start:stop]) or None,
+                [seed + index for index in range(start, stop)],
+                steps=self.steps,
+                guidance=self.guidance,
+                batch_size=batch,
+                record=True,
+            )
+            assert result.calibration is not None
+            yield stop, result.calibration.renumbered(start)
 
     @cached_property
     def calibration_set(self) -> CalibrationSet:

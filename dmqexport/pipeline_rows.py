@@ -21,7 +21,7 @@ from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
 from dmqexport.workspace import StageRecord
 
 _PICTURES = 16
-_ENTRIES = 16  # trajectories that the error at other widths is measured on
+_ENTRIES = 16  # calls a step that the error at other widths is measured on
 _OFFSETS = (-1, 0, 1, 2, 3)  # two bits less make a row of 4 bits one of 2: never worth it in pictures
 
 
@@ -116,7 +116,8 @@ class RowAllocating(Allocating):
         """Offset → mean squared error of the (guided) predicted noise at every step."""
         data = self.calibration_set
         pairs = guidance_pairs(data)
-        pairs = pairs[data.trajectory[pairs[:, 0]] < _ENTRIES]
+        called = data.step[pairs[:, 0]]
+        pairs = torch.cat([pairs[called == step][:_ENTRIES] for step in range(int(called.max()) + 1)])
         index = pairs.flatten()
         chosen = data.at(index)
         size = self.recipe.calibration.batch_size

@@ -43,6 +43,23 @@ class StepErrors:
         )
 
     @property
+    def shares(self) -> list[float]:
+        """How much of the finished picture's error each step is answerable for, [steps], sum 1.
+
+        Amplitudes, not squares: errors of a picture's steps are alike and add up, so that what a step's error costs
+        is its own amplitude times that of all.
+        """
+        amplitudes = [max(picture - _ROUNDING, 0.1 * _ROUNDING) ** 0.5 for picture in self.pictures]
+        return [amplitude / sum(amplitudes) for amplitude in amplitudes]
+
+    @property
+    def training_weights(self) -> list[float]:
+        """What a step's squared error counts when it is trained, [steps]: by `shares`, each step's error measured in
+        what it is untrained, so that the weighted sum over steps begins near 1."""
+        count = len(self.pictures)
+        return [share * count / noise for share, noise in zip(self.shares, self._noise, strict=True)]
+
+    @property
     def _noise(self) -> list[float]:
         return [max(noise, 1e-12) for noise in self.noise]
 

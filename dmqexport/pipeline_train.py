@@ -16,7 +16,6 @@ from calib.network_distill import distill_network, teacher_outputs
 from calib.sampling import CalibrationSet
 from calib.trainable import Rates, TrainableModel, TrainOptions, trainable
 from dmqexport.errors import RecipeError
-from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_rows import RowAllocating
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
@@ -24,6 +23,7 @@ from dmqexport.recipe_training import RatesRecipe
 from dmqexport.workspace import StageRecord
 
 _TRAINING_SEED = 2_000_000  # far from those of calibration and of evaluation
+_WHOLE_TRAJECTORIES = 512  # kept call by call; of more trajectories, as many calls in all
 _STATE = "state.safetensors"
 
 
@@ -36,28 +36,28 @@ class Training(RowAllocating):
         recipe = self.recipe
         count = recipe.training.trajectories
         prompts = self.prompts_for(count)
-        key = {**self.base_key("training-set"), "prompts": prompts, "size": count, "seed": recipe.seed}
+        # A sum over steps needs all of them; otherwise more captions are worth more than more calls of each.
+        stride = 1 if recipe.training.network.coherence else max(1, count // _WHOLE_TRAJECTORIES)
+        key = {
+            **self.base_key("training-set"),
+            "prompts": prompts,
+            "size": count,
+            "seed": recipe.seed,
+            **({"stride": stride} if stride > 1 else {}),
+        }
 
         def build(folder: Path) -> None:
-            reporter = self.workspace.reporter
-            result = sample_images(
-                self.model,
-                list(prompts) or None,
-                [_TRAINING_SEED + recipe.seed * 100_003 + index for index in range(count)],
-                steps=self.steps,
-                guidance=self.guidance,
-                batch_size=recipe.calibration.batch_size,
-                record=True,
-                progress=lambda done, total: reporter.progress(done, 2 * total),
-            )
-            data = result.calibration
-            assert data is not None
+            progress, kept = self.workspace.reporter.progress, []
+            for start, part in self.sampled(count, prompts, _TRAINING_SEED + recipe.seed * 100_003):
+                kept.append(part.thinned(stride))
+                progress(start, 2 * count)
+            data = CalibrationSet.concatenate(kept)
             data.save(folder / "calibration.safetensors")
             targets = teacher_outputs(
                 data,
                 self._denoise,
                 2 * recipe.calibration.batch_size,
-                lambda done, total: reporter.progress(total + done, 2 * total),
+                lambda done, total: progress(count + done * count // total, 2 * count),
             )
             save_file({"targets": targets}, str(folder / "targets.safetensors"))
 
@@ -68,12 +68,13 @@ class Training(RowAllocating):
         """The recorded trajectories."""
         return CalibrationSet.load(self.training_trajectories.path / "calibration.safetensors")
 
-    @cached_property
-    def step_weights(self) -> Tensor:
-        """float32 [calls of the denoiser a trajectory]: how much each one's error counts, mean 1."""
+    @property
+    def step_weights(self) -> tuple[Tensor, Tensor]:
+        """(how much each call's error counts, what share of the calls is drawn), float32 [calls a trajectory] each."""
+        count = int(self.training_set.step.max()) + 1  # multi-step samplers call more than `steps` times
         if self.recipe.training.network.step_weights == "equal":
-            return torch.ones(int(self.training_set.step.max()) + 1)  # multi-step samplers call more than `steps` times
-        return torch.tensor(self.step_errors.weights)
+            return torch.ones(count), torch.full((count,), 1 / count)
+        return torch.tensor(self.step_errors.training_weights), torch.tensor(self.step_errors.shares)
 
     @property
     def trained_plan(self) -> StageRecord:
@@ -133,11 +134,12 @@ class Training(RowAllocating):
             "data": self.training_trajectories.fingerprint,
             "options": self._shared_options(),
             "network": network.model_dump(mode="json"),
-            "step_weights": self.step_weights.tolist(),
+            "step_weights": [values.tolist() for values in self.step_weights],
             "seed": self.recipe.seed,
         }
 
         def build(folder: Path) -> None:
+            weights, shares = self.step_weights
             options = self._options(network.weights, network.rank, network.rates)
             targets = load_file(str(self.training_trajectories.path / "targets.safetensors"))["targets"]
             with self._trainable(before, options) as model, self.workspace.partial("network", key) as scratch:
@@ -151,8 +153,10 @@ class Training(RowAllocating):
                     names=self._selected(model, network.layers),
                     guidance=self.guidance,
                     guided_share=network.guided_share,
-                    step_weights=self.step_weights,
+                    step_weights=weights,
+                    step_shares=shares,
                     coherence=network.coherence,
+                    guidance_length=network.guidance_length,
                     iterations=network.iterations,
                     batch_size=network.batch_size,
                     seed=self.recipe.seed,

@@ -51,7 +51,7 @@ class CalibrationRecipe(Section):
     """What the activation ranges are measured on."""
 
     prompts: str | None = Field(default=None, description="text file, one prompt a line; null: the model's own")
-    size: int = Field(default=64, ge=1, description="float trajectories")
+    size: int = Field(default=256, ge=1, description="float trajectories; of more than 64, only some calls are kept")
     rows: int = Field(default=10, ge=1, description="rows of the timestep table")
     row_assignment: Literal["equal-groups", "per-step", "cluster"] = Field(
         default="equal-groups", description="cluster: steps whose activation ranges are alike, at most `rows` of them"

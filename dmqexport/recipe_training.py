@@ -52,13 +52,21 @@ class NetworkTrainingRecipe(Section):
         default=0.9, ge=0, le=1, description="how much the guided combination counts against its halves"
     )
     step_weights: Literal["equal", "measured"] = Field(
-        default="measured", description="measured: each sampling step counts by what its error does to the picture"
+        default="measured",
+        description="measured: each sampling step is drawn, and counts, by what its error does to the picture",
     )
     coherence: float = Field(
-        default=1.0,
+        default=0.0,
         ge=0,
         le=1,
-        description="how much errors that repeat over the steps of one picture count as their sum",
+        description="how much errors that repeat over the steps of one picture count as their sum; above 0 steps are "
+        "drawn alike and whole trajectories kept",
+    )
+    guidance_length: float = Field(
+        default=10.0,
+        ge=0,
+        description="weight of a penalty that keeps conditional minus unconditional as long as the float model's, on "
+        "average: least squares alone shortens it",
     )
     rates: RatesRecipe = RatesRecipe()
 
@@ -66,7 +74,9 @@ class NetworkTrainingRecipe(Section):
 class TrainingRecipe(Section):
     """What is trained after calibration; everything trained comes out as codes, tables and biases."""
 
-    trajectories: int = Field(default=256, ge=1, description="float trajectories to train on")
+    trajectories: int = Field(
+        default=256, ge=1, description="float trajectories to train on; of more than 512, only some calls are kept"
+    )
     activations: bool = Field(default=True, description="train the activation tables")
     weight_scales: bool = True
     biases: bool = True

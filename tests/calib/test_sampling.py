@@ -1,6 +1,7 @@
 """Calibration sets: what a pipeline fed its denoiser, kept and read back unchanged."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,21 @@ def test_seeded_generators_depend_on_their_keys_alone() -> None:
     assert seeded_generator(3, "layer.a", 1).random(4).tolist() == first
     for other in (seeded_generator(4, "layer.a", 1), seeded_generator(3, "layer.b", 1), seeded_generator(3, "layer.a")):
         assert other.random(4).tolist() != first
+
+
+@given(st.integers(1, 4), st.integers(4, 9), st.integers(1, 7))
+@settings(deadline=None, derandomize=True, max_examples=30)
+def test_thinned_trajectories_cover_every_step_with_whole_calls(stride: int, trajectories: int, steps: int) -> None:
+    calls = [(trajectory, step) for trajectory in range(trajectories) for step in range(steps) for _ in range(2)]
+    index = torch.tensor(calls)
+    calibration = replace(random_calibration(len(calls)), trajectory=index[:, 0], step=index[:, 1])
+    thinned = calibration.thinned(stride)
+    assert set(thinned.step.tolist()) == set(range(steps)), "a table row without entries could not be calibrated"
+    kept = list(zip(thinned.trajectory.tolist(), thinned.step.tolist(), strict=True))
+    assert all(kept.count(call) == 2 for call in kept), "both guidance halves of a call, or neither"
+    assert abs(len(kept) - len(calls) / stride) <= 2 * trajectories
+
+
+def test_renumbered_trajectories_start_where_they_are_told() -> None:
+    calibration = random_calibration(5)
+    assert torch.equal(calibration.renumbered(7).trajectory, calibration.trajectory + 7)

@@ -173,26 +173,29 @@ def distilled(
     targets: Tensor,
     iterations: int,
     path: Path | None,
+    coherence: float = 1.0,
 ) -> Tensor:
     distill_network(
         model, data, targets, lambda inputs: denoiser(**inputs), names=None, guidance=3.0, guided_share=0.5,
-        coherence=1.0,
+        coherence=coherence, guidance_length=5.0,
         step_weights=torch.ones(int(data.step.max()) + 1), iterations=iterations, batch_size=8, seed=3, checkpoint=path,
     )  # fmt: skip
     return call(denoiser)
 
 
+@pytest.mark.parametrize("coherence", [0.0, 1.0])
 def test_a_killed_distillation_goes_on_to_the_same_bits(
     denoiser: nn.Module,
     found: ProbeResult,
     planned: tuple[QuantPlan, QuantWeights],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    coherence: float,
 ) -> None:
     data = random_calibration(20)
     targets = teacher_outputs(data, lambda inputs: denoiser(**inputs), 7)
     with trainable(denoiser, *planned, found, TrainOptions()) as model:
-        expected = distilled(denoiser, model, data, targets, 9, None)
+        expected = distilled(denoiser, model, data, targets, 9, None, coherence)
 
     monkeypatch.setattr("calib.network_distill._CHECKPOINT_SECONDS", -1.0)
     path = tmp_path / "checkpoint.pt"
@@ -209,11 +212,11 @@ def test_a_killed_distillation_goes_on_to_the_same_bits(
     with trainable(denoiser, *planned, found, TrainOptions()) as model, pytest.raises(KeyboardInterrupt):
         distill_network(
             model, data, targets, interrupted, names=None, guidance=3.0, guided_share=0.5,
-        coherence=1.0,
+            coherence=coherence, guidance_length=5.0,
             step_weights=torch.ones(10), iterations=9, batch_size=8, seed=3, checkpoint=path,
         )  # fmt: skip
     with trainable(denoiser, *planned, found, TrainOptions()) as model:
-        assert torch.equal(distilled(denoiser, model, data, targets, 9, path), expected)
+        assert torch.equal(distilled(denoiser, model, data, targets, 9, path, coherence), expected)
 
 
 def test_only_the_named_layers_move(
@@ -242,6 +245,24 @@ def test_a_loss_that_is_no_number_is_told(
         pytest.raises(CalibrationError, match="diverged at iteration 0 of 2"),
     ):
         distilled(denoiser, model, data, targets, 2, None)
+
+
+def test_the_training_set_must_hold_every_step(
+    denoiser: nn.Module, found: ProbeResult, planned: tuple[QuantPlan, QuantWeights]
+) -> None:
+    data = random_calibration(20)
+    calls_of = guidance_pairs(data)
+    last = int(data.step.max())
+    kept = data.at(calls_of[data.step[calls_of[:, 0]] < last].flatten())
+    targets = teacher_outputs(kept, lambda inputs: denoiser(**inputs), 7)
+    with (
+        trainable(denoiser, *planned, found, TrainOptions()) as model,
+        pytest.raises(CalibrationError, match=f"no entry of step {last} of {last + 1}"),
+    ):
+        distill_network(
+            model, kept, targets, lambda inputs: denoiser(**inputs), names=None, guidance=3.0, guided_share=0.5,
+            step_weights=torch.ones(last + 1), iterations=1, batch_size=8, seed=0,
+        )  # fmt: skip
 
 
 def test_pairs_are_the_halves_of_one_call() -> None:

@@ -1,6 +1,7 @@
 """Denoisers of the user's own: what an adapter must say, what is refused, and a build of two of them."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,15 @@ def test_an_adapted_denoiser_becomes_a_bundle(factory: str, tmp_path: Path) -> N
         }
         assert session.run(None, wide)[0].shape == (1, 3, 8, 12)
     build.workspace.close()
+
+
+def test_the_example_in_the_readme_is_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in readme.split("```python\n") if "Adapter(" in part).partition("```")[0]
+    (tmp_path / "mine.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    loaded = load_model("mine:factory")
+    assert loaded.family.input_names == ("sample", "timestep")
+    pictures = sample_images(loaded, None, [0], steps=2, guidance=1.0, batch_size=1).images
+    assert pictures.shape == (1, 32, 32, 3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import dmqexport
 from dmqexport.bundle import GRAPH, GRID, OWN_FOLDER, RECIPE, check_replaceable, write_manifest
+from dmqexport.models.quiet import quiet
 from dmqexport.pipeline import Build, Stage, copy_graph
 from dmqexport.pipeline_report import ReportBuilder, environment
 from dmqexport.pipeline_validate import Validation
@@ -74,7 +75,8 @@ def _copy_companions(build: Build, folder: Path) -> None:
     for name in sorted({part for lora in build.model.loras for part in lora.parts} - {build.model.family.component}):
         # An adapter was fused into this text encoder too: the folder's own weights are not what calibration saw.
         shutil.rmtree(folder / name)
-        getattr(pipeline, name).save_pretrained(folder / name)
+        with quiet():
+            getattr(pipeline, name).save_pretrained(folder / name)
     if pipeline.scheduler is not None:
         pipeline.scheduler.save_pretrained(folder / "scheduler")
     if build.model.family.returns_tensor:

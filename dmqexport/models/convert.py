@@ -124,7 +124,7 @@ def _write_ldm(weights: Mapping[str, Tensor], original: LdmOriginal, place: Path
         pipeline = "LdmClassPipeline"
         components["class_embedder"] = "ClassEmbedder"
         _save_classes(weights, original, place)
-    unet_class, config, heads = _ldm_unet(original)
+    unet_class, config, heads = ldm_unet(original)
     components["unet"] = unet_class.__name__
     parameters = _save(
         unet_class, config, rename_ldm(_ldm_weights(weights, averaged), original.blocks, heads), place / "unet"
@@ -155,7 +155,7 @@ def _ldm_weights(weights: Mapping[str, Tensor], averaged: bool) -> dict[str, Ten
     return {name: weights[key] for name, key in flat.items()}
 
 
-def _ldm_unet(original: LdmOriginal) -> tuple[Any, dict[str, Any], Callable[[int], int] | None]:
+def ldm_unet(original: LdmOriginal) -> tuple[Any, dict[str, Any], Callable[[int], int] | None]:
     """(class, config, channels → heads of self-attention); heads is None with spatial transformers."""
     from diffusers import UNet2DConditionModel, UNet2DModel
 

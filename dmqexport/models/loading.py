@@ -21,7 +21,7 @@ from dmqexport.models.family import Family, family_of
 from dmqexport.models.layout import Layout, read_layout
 from dmqexport.models.locate import Located, locate
 from dmqexport.models.lora import Lora, fuse_loras
-from dmqexport.models.pipeline_kinds import PipelineKind, kind_of
+from dmqexport.models.pipeline_kinds import PipelineKind, class_count, kind_of
 from dmqexport.models.presets import Preset, emoji_prompts, text_prompts
 from dmqexport.models.quiet import quiet
 from dmqexport.models.random_weights import VERSION, locate_architecture, random_denoiser
@@ -216,7 +216,7 @@ def _prompts(located: Located, layout: Layout, pipeline: Any, family: Family) ->
     """Texts, or class numbers in words, spread over all classes; nothing where nothing can be asked for."""
     count = family.null_class
     if "class_embedder" in layout.components:
-        count = int(pipeline.class_embedder.config.num_classes) - 1
+        count = class_count(pipeline)
     if count is not None:
         return tuple(str(index * _STRIDE % count) for index in range(min(count, _CLASS_PROMPTS)))
     if layout.kind is None or layout.kind.conditions != "text":

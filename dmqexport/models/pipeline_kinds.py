@@ -66,13 +66,24 @@ class PipelineKind:
         return arguments
 
 
+def class_count(pipeline: Any) -> int | None:
+    """How many classes a class-conditional pipeline can be asked for; None where it does not say."""
+    if hasattr(pipeline, "class_embedder"):
+        return int(pipeline.class_embedder.config.num_classes) - 1  # the last one means none
+    count = getattr(getattr(pipeline, "transformer", None), "config", {}).get("num_embeds_ada_norm")
+    return None if count is None else int(count)
+
+
 def class_labels(pipeline: Any, texts: Sequence[str]) -> list[int]:
     """Class numbers from numbers or from the names that the pipeline knows; raises RecipeError for anything else."""
+    count = class_count(pipeline)
     names = {name.lower(): int(index) for name, index in (getattr(pipeline, "labels", None) or {}).items()}
     labels = []
     for text in texts:
         word = text.strip()
         if word.isdecimal():
+            if count is not None and int(word) >= count:
+                raise RecipeError(f"there is no class {word}", hint=f"this model has the classes 0 to {count - 1}")
             labels.append(int(word))
         elif word.lower() in names:
             labels.append(names[word.lower()])

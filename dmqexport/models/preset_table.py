@@ -14,7 +14,8 @@ class Preset:
     scheduler, steps, guidance: how it is commonly sampled; the scheduler by its short name.
     conditions: what pictures are asked for with. picture: (height, width) in pixels. latent: (channels, height,
     width) of what is denoised. pipeline, denoiser: their classes.
-    sensitive: glob patterns of layers beside the family's boundary that published recipes keep above 4 bits.
+    sensitive: glob patterns of layers beside the family's boundary whose 4-bit activations published recipes avoid,
+    for `quantization.overrides`; not applied by themselves.
     """
 
     name: str
@@ -52,7 +53,7 @@ _PESSER: Final = "https://github.com/pesser/pytorch_diffusion"
 _COMPVIS: Final = "https://ommer-lab.com/files/latent-diffusion/"
 _DDPM_NOTE: Final = "Unconditional. Sampled with DDIM; --scheduler ddpm gives the ancestral sampler (use 1000 steps)."
 _ADA: Final = ("*.norm1.linear",)
-"""Projections of the timestep alone: they modulate whole blocks, and published recipes leave them at 8 or 16 bits."""
+"""Projections of the condition vector that modulate whole blocks: SVDQuant quantizes their weights alone."""
 
 _SD: Final[dict[str, Any]] = {
     "licence": "CreativeML OpenRAIL-M",

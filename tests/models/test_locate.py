@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
-from dmqexport.errors import ModelError
+from dmqexport.errors import ModelError, RecipeError
 from dmqexport.models.convert import convert_as
 from dmqexport.models.loading import load_model
 from dmqexport.models.locate import download, locate
@@ -154,3 +154,13 @@ def test_converted_folders_load_sample_and_keep_their_presets_defaults(
     assert sampled.images.shape == (2, 32, 32, 3) if name == "ldm-bedroom" else sampled.images.ndim == 4
     assert sampled.calibration is not None
     assert set(sampled.calibration.inputs) == set(loaded.family.input_names)
+
+
+def test_classes_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": randomize(LdmModel(CLASSES), 1).checkpoint()}, tmp_path / "model.ckpt")
+    convert_as(tmp_path / "model.ckpt", CLASSES, "ldm-imagenet", tmp_path / "mine")
+    loaded = load_model(str(tmp_path / "mine"))
+    for text, words in (("10", "there is no class 10"), ("cat", "'cat' is no class of this model")):
+        with pytest.raises(RecipeError, match=words) as caught:
+            sample_images(loaded, [text], [1], steps=1, guidance=1.0, batch_size=1)
+        assert "class" in str(caught.value.hint)

@@ -1,13 +1,20 @@
 """The table of presets says of each model what the rest of the package relies on."""
 
+import json
+
 import diffusers
 import pytest
+import torch
 
 from dmqexport.models import preset_table
+from dmqexport.models.convert import ldm_unet
 from dmqexport.models.originals import ORIGINALS, LdmOriginal
+from dmqexport.models.own_classes import model_class
 from dmqexport.models.preset_table import Preset
 from dmqexport.models.presets import PRESETS
+from dmqexport.models.random_weights import architectures, locate_architecture
 from dmqexport.models.schedulers import SCHEDULERS
+from dmqexport.models.weight_files import read_json
 
 #: every model of the DMQ, EfficientDM and DilateQuant experiments, and the families beside them.
 NAMES = [
@@ -52,3 +59,19 @@ def test_originals_agree_with_their_presets(name: str) -> None:
 
 def test_only_presets_with_checkpoints_convert() -> None:
     assert {name for name, preset in PRESETS.items() if preset.checkpoint is not None} == set(ORIGINALS)
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_architectures_that_ship_agree_with_their_presets(name: str) -> None:
+    config, preset = read_json(locate_architecture(name).folder / "config.json"), PRESETS[name]
+    assert config["_class_name"] == preset.denoiser
+    if preset.denoiser != "FluxTransformer2DModel":  # which takes latents packed two by two
+        assert (config["in_channels"], config["sample_size"]) == preset.latent[:2]
+    original = ORIGINALS.get(name)
+    if isinstance(original, LdmOriginal):
+        kind, converted, _ = ldm_unet(original)
+        with torch.device("meta"):
+            expected, shipped = kind(**converted), model_class(preset.denoiser).from_config(config)
+        ours = {key: value for key, value in expected.config.items() if not key.startswith("_")}
+        theirs = {key: shipped.config.get(key) for key in ours}
+        assert json.loads(json.dumps(ours)) == json.loads(json.dumps(theirs))

@@ -9,9 +9,12 @@ from dmqexport.models.loading import LoadedModel
 from dmqexport.pipeline import Build
 from dmqexport.recipe import load_recipe
 from dmqexport.runtime import check_machine, open_runner
+from dmqexport.target import Target
 from dmqexport.workspace import Reporter, Workspace
 from engines.bench import interleaved
+from engines.openvino_ir import OpenVinoRunner
 from engines.ort import OrtRunner, available_cores
+from engines.runner import Runner
 
 
 def bench_bundle(
@@ -24,7 +27,7 @@ def bench_bundle(
     model: str | None = None,
     work: Path | None = None,
 ) -> dict[str, Any]:
-    """Median milliseconds of FP32 and quantized ONNX Runtime on the same random inputs, interleaved, and their ratio.
+    """Median milliseconds of FP32 and quantized in the bundle's runtime, on the same random inputs, and their ratio.
 
     The float graph is exported again from the model (`model`, else the one the recipe names), or reused from the work
     folder (`work`, else the one beside the bundle). Raises BundleError when that model is not the one the bundle was
@@ -44,7 +47,7 @@ def bench_bundle(
         inputs = {name: value.numpy() for name, value in build.model.example_inputs(batch=batch).items()}
         inputs["timestep"] %= int(bundle.manifest["num_timesteps"])  # a short schedule has a short table
         runners = {
-            "fp32": OrtRunner(build.float_graph, threads=threads),
+            "fp32": _open_float(bundle, build.float_graph, threads),
             "quantized": open_runner(bundle, threads),
         }
     finally:
@@ -58,6 +61,13 @@ def bench_bundle(
         "threads": threads or available_cores(),
         "runs": result.runs,
     }
+
+
+def _open_float(bundle: Bundle, graph: Path, threads: int | None) -> Runner:
+    """The float graph in the runtime that the bundle runs in."""
+    if bundle.manifest["target"] == Target.OPENVINO:
+        return OpenVinoRunner(graph, device=str(bundle.manifest["engine"]["arch"]).upper(), threads=threads)
+    return OrtRunner(graph, threads=threads)
 
 
 def _load(build: Build) -> LoadedModel:

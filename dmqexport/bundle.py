@@ -54,6 +54,12 @@ class Bundle:
         return self.path / self.component / GRAPH
 
     @property
+    def engine_folder(self) -> Path | None:
+        """Where the built engine lies; None where the target has none, or it is still to be built."""
+        engine = self.manifest.get("engine")
+        return None if engine is None else self.path / str(engine["folder"])
+
+    @property
     def plan(self) -> QuantPlan:
         """The quantization plan."""
         return QuantPlan.load(self.path / OWN_FOLDER)

@@ -47,7 +47,7 @@ def run(
     \b
       dmqexport run out/emoji -o a.png -p "grinning face" -p "red heart" --seed 1 --seed 2 --scale 4
 
-    The bundle's graph runs in ONNX Runtime on the CPU, whatever its target.
+    A bundle for OpenVINO runs there; any other one's graph runs in ONNX Runtime on the CPU, whatever its target.
     """
     start_logging(verbose=verbose, quiet=quiet)
     from dmqexport.bundle import open_bundle
@@ -106,7 +106,7 @@ def bench(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Time FP32 against quantized ONNX Runtime on the same inputs, interleaved; medians and ratio.
+    """Time FP32 against quantized in the bundle's runtime, on the same inputs, interleaved; medians and ratio.
 
     The float graph comes from the build's work folder, or is exported again from the model, which must be the one the
     bundle was built from.

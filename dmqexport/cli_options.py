@@ -20,7 +20,9 @@ BitsOption = Annotated[
 ]
 TargetOption = Annotated[
     str | None,
-    typer.Option("--target", metavar="TARGET", help="onnx, ort-cpu (default), trt-rtx or trt; see `dmqexport doctor`."),
+    typer.Option(
+        "--target", metavar="TARGET", help="onnx, ort-cpu (default), openvino, trt-rtx or trt; see `dmqexport doctor`."
+    ),
 ]
 RecipeOption = Annotated[
     str | None,

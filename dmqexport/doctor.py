@@ -5,13 +5,13 @@ from typing import Any
 
 from dmqexport.pipeline_report import environment
 from dmqexport.target import PROFILES, Target, cpu_has_vnni
-from engines import ort
+from engines import openvino_ir, ort
 from engines.trt import TrtFlavor, flavor_version, gpu_present
 
 
 def examine() -> dict[str, Any]:
     """Versions, hardware, and for each target whether it can be built and run here, and why not."""
-    runtime, gpu = ort.version(), gpu_present()
+    runtime, gpu, found = ort.version(), gpu_present(), openvino_ir.devices()
     versions = {flavor: flavor_version(flavor) for flavor in TrtFlavor}
     targets: dict[str, dict[str, Any]] = {}
     for target, profile in PROFILES.items():
@@ -19,7 +19,11 @@ def examine() -> dict[str, Any]:
         if runtime is None:
             build = False
             notes.append("onnxruntime is missing (validation needs it): pip install 'dmqexport[cpu]'")
-        if profile.builds_engine:
+        if target is Target.OPENVINO:
+            build, run = build and bool(found), bool(found)
+            notes += [] if found else ["openvino is missing: pip install 'dmqexport[openvino]'"]
+            notes += [f"devices: {', '.join(found)}"] if found else []
+        elif profile.builds_engine:
             flavor = TrtFlavor.RTX if target is Target.TRT_RTX else TrtFlavor.TRT
             run = gpu and versions[flavor] is not None
             if versions[flavor] is None:
@@ -38,6 +42,7 @@ def examine() -> dict[str, Any]:
         "gpu": gpu,
         "tensorrt": versions[TrtFlavor.TRT],
         "tensorrt_rtx": versions[TrtFlavor.RTX],
+        "openvino": openvino_ir.version(),
         "targets": targets,
     }
 
@@ -49,7 +54,7 @@ def render(found: dict[str, Any]) -> str:
         f"python {machine['python']}, {machine['platform']}, {platform.release()}",
         f"cpu: {machine['cpu']}, {found['cores']} cores, VNNI {'yes' if found['vnni'] else 'no'}",
         f"gpu: {'yes' if found['gpu'] else 'none'}; tensorrt {found['tensorrt'] or 'not installed'}; "
-        f"tensorrt-rtx {found['tensorrt_rtx'] or 'not installed'}",
+        f"tensorrt-rtx {found['tensorrt_rtx'] or 'not installed'}; openvino {found['openvino'] or 'not installed'}",
         "packages: " + ", ".join(f"{name} {version or 'missing'}" for name, version in machine["packages"].items()),
         "",
     ]

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -14,14 +14,14 @@ import onnx_ir as ir
 import torch
 
 from dmqexport.bundle import GRAPH
-from dmqexport.errors import BackendMissingError
+from dmqexport.errors import BackendMissingError, DmqExportError
 from dmqexport.onnx_export import OPSET, export_float_graph, save_model
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_train import Training
 from dmqexport.target import Target, cpu_has_vnni
 from dmqexport.workspace import StageRecord
 from passes.bind import bind
-from passes.pipelines import canonical, float_cleanup, lower_ort_cpu, lower_tensorrt
+from passes.pipelines import canonical, float_cleanup, lower_openvino, lower_ort_cpu, lower_tensorrt
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,15 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What compiling gave. engine: the serialized engine, None where the target has none or its backend is missing."""
+    """What compiling gave. engine: the serialized engine, None where the target has none or its backend is missing;
+    companions: what lies beside it and is part of it.
+    """
 
     engine: Path | None
     log: Path | None
     document: Mapping[str, Any]
     missing: str | None
+    companions: tuple[Path, ...] = ()
 
 
 class Build(Training):
@@ -77,7 +80,7 @@ class Build(Training):
                 dynamic_axes=family.dynamic_axes,
             )
             model = ir.load(folder / "exported.onnx")
-            float_cleanup()(model)
+            _rewrite(model, float_cleanup())
             save_model(model, folder / "float.onnx")
             for path in folder.glob("exported.onnx*"):
                 path.unlink()
@@ -93,9 +96,11 @@ class Build(Training):
 
     @cached_property
     def vnni(self) -> bool:
-        """Whether the ort-cpu graph may rely on VNNI."""
-        choice = self.recipe.lowering.cpu_isa
-        return cpu_has_vnni() if choice == "auto" else choice == "vnni"
+        """Whether the graph for this machine's CPU may rely on VNNI; False for every other processor."""
+        lowering, target = self.recipe.lowering, self.recipe.target
+        if target is not Target.ORT_CPU and not (target is Target.OPENVINO and lowering.openvino_device == "CPU"):
+            return False
+        return cpu_has_vnni() if lowering.cpu_isa == "auto" else lowering.cpu_isa == "vnni"
 
     @cached_property
     def passed(self) -> StageRecord:
@@ -107,19 +112,22 @@ class Build(Training):
             "codes": self.trained_plan.fingerprint,
             "export": self.exported.fingerprint,
             "target": target,
-            "vnni": self.vnni if target is Target.ORT_CPU else None,
+            "vnni": self.vnni if target in (Target.ORT_CPU, Target.OPENVINO) else None,
         }
+        other_device = target is Target.OPENVINO and self.recipe.lowering.openvino_device != "CPU"
 
         def build(folder: Path) -> None:
             plan, weights = self.plan, self.weights
             model = ir.load(self.float_graph)
             insisted = frozenset(layer.name for layer in plan.layers if layer.reason.startswith("override"))
-            canonical(plan, weights, insisted)(model)
+            _rewrite(model, canonical(plan, weights, insisted))
             save_model(model, folder / "canonical.onnx")
             if target is Target.ORT_CPU:
-                lower_ort_cpu(plan, weights, vnni=self.vnni)(model)
+                _rewrite(model, lower_ort_cpu(plan, weights, vnni=self.vnni))
             elif target in (Target.TRT, Target.TRT_RTX):
-                lower_tensorrt(plan, weights)(model)
+                _rewrite(model, lower_tensorrt(plan, weights))
+            elif target is Target.OPENVINO:
+                _rewrite(model, lower_openvino(plan, weights, vnni=self.vnni or other_device))
             save_model(model, folder / GRAPH)
             nodes = {name: [n.name for n in item.compute] for name, item in bind(model, plan).layers.items()}
             (folder / "nodes.json").write_text(json.dumps(nodes), encoding="utf-8")
@@ -146,18 +154,16 @@ class Build(Training):
 
     @cached_property
     def compiled(self) -> CompileResult:
-        """The engine and the proof of its precision; a missing backend is reported, not raised."""
+        """The engine and the proof of its precision; a missing TensorRT is reported, not raised."""
         if not self.profile.builds_engine:
             return CompileResult(None, None, {}, None)
+        if self.recipe.target is Target.OPENVINO:
+            return self._compiled_for_openvino()
         from engines.precision import prove_int8
         from engines.trt import TrtFlavor, build_engine, flavor_version
 
         flavor = TrtFlavor.RTX if self.recipe.target is Target.TRT_RTX else TrtFlavor.TRT
-        quantized = {
-            name: nodes
-            for name, nodes in self.compute_nodes.items()
-            if self.plan.layer(name).activation_bits is not None
-        }
+        quantized = self.quantized_nodes
         key = {
             "version": STAGE_VERSIONS["compile"],
             "passes": self.passed.fingerprint,
@@ -175,26 +181,52 @@ class Build(Training):
                 log_path=folder / "build.log",
             )
             proofs = prove_int8(result.layers, quantized) if quantized else []
-            document = {
-                "target": flavor.value,
-                "version": result.version,
-                "seconds": result.seconds,
-                "bytes": result.size_bytes,
-                "peak_rss_bytes": result.peak_rss_bytes,
-                "layers_proven": len({proof.layer for proof in proofs}),
-                "layers_planned": len(quantized),
-                "proofs": [
-                    {"layer": p.layer, "node": p.node, "activation": p.activation, "weight": p.weight} for p in proofs
-                ],
-            }
-            (folder / "engine.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+            facts = {"target": flavor.value, "version": result.version, "peak_rss_bytes": result.peak_rss_bytes}
+            _write_proof(folder, {**facts, "seconds": result.seconds, "bytes": result.size_bytes}, proofs, quantized)
 
         try:
             record = self.workspace.stage("compile", key, build)
         except BackendMissingError as error:
             return CompileResult(None, None, {}, str(error))
-        document = json.loads((record.path / "engine.json").read_text(encoding="utf-8"))
-        return CompileResult(record.path / "engine.plan", record.path / "build.log", document, None)
+        return CompileResult(record.path / "engine.plan", record.path / "build.log", _read_proof(record), None)
+
+    def _compiled_for_openvino(self) -> CompileResult:
+        from engines import openvino_ir
+
+        device, quantized = self.recipe.lowering.openvino_device, self.quantized_nodes
+        openvino_ir.check_device(device)
+        examples = self.model.example_inputs(batch=2)
+        shapes = {
+            batch: {name: (batch, *value.shape[1:]) for name, value in examples.items()}
+            for batch in sorted({1, self.recipe.lowering.max_batch})
+        }
+        key = {
+            "version": STAGE_VERSIONS["compile"],
+            "passes": self.passed.fingerprint,
+            "builder": openvino_ir.version(),
+            "device": device,
+            "batches": list(shapes),
+        }
+
+        def build(folder: Path) -> None:
+            result = openvino_ir.build_ir(self.deployed_graph, folder, shapes, device=device, expected=quantized)
+            facts = {"target": Target.OPENVINO.value, "version": result.version, "arch": device.lower()}
+            _write_proof(
+                folder, {**facts, "seconds": result.seconds, "bytes": result.size_bytes}, result.proofs, quantized
+            )
+
+        record = self.workspace.stage("compile", key, build)
+        files = [record.path / name for name in (openvino_ir.IR_XML, openvino_ir.IR_BIN, openvino_ir.IR_JSON)]
+        return CompileResult(files[0], None, _read_proof(record), None, tuple(files[1:]))
+
+    @property
+    def quantized_nodes(self) -> dict[str, list[str]]:
+        """`compute_nodes` of the layers whose activations are quantized: what an engine must run in int8."""
+        return {
+            name: nodes
+            for name, nodes in self.compute_nodes.items()
+            if self.plan.layer(name).activation_bits is not None
+        }
 
     @cached_property
     def profiles(self) -> dict[str, Any]:
@@ -218,10 +250,43 @@ class Build(Training):
             Stage.PASSES: lambda: self.passed,
             Stage.COMPILE: lambda: self.compiled,
         }
+        if self.recipe.target is Target.OPENVINO and until is Stage.COMPILE:
+            from engines.openvino_ir import check_device
+
+            check_device(self.recipe.lowering.openvino_device)  # now, not after hours of calibration
         for stage, action in stages.items():
             action()
             if stage is until:
                 return
+
+
+def _rewrite(model: ir.Model, passes: ir.passes.Sequential) -> None:
+    """Run passes in place; what a pass refuses is raised as it was meant, not wrapped by the pass manager."""
+    try:
+        passes(model)
+    except ir.passes.PassError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DmqExportError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from error
+
+
+def _write_proof(folder: Path, facts: Mapping[str, Any], proofs: Sequence[Any], planned: Mapping[str, Any]) -> None:
+    """`engine.json`: what was built, and for every planned layer the types that it multiplies."""
+    document = {
+        **facts,
+        "layers_proven": len({proof.layer for proof in proofs}),
+        "layers_planned": len(planned),
+        "proofs": [{"layer": p.layer, "node": p.node, "activation": p.activation, "weight": p.weight} for p in proofs],
+    }
+    (folder / "engine.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def _read_proof(record: StageRecord) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((record.path / "engine.json").read_text(encoding="utf-8"))
+    return document
 
 
 def copy_graph(source: Path, folder: Path, name: str) -> None:

@@ -113,11 +113,14 @@ def _copy_denoiser(build: Build, folder: Path) -> None:
     if build.compiled.engine is not None:
         target = component / "engines" / engine_folder(build)
         target.mkdir(parents=True)
-        shutil.copyfile(build.compiled.engine, target / "engine.plan")
+        for file in (build.compiled.engine, *build.compiled.companions):
+            shutil.copyfile(file, target / file.name)
 
 
 def engine_folder(build: Build) -> str:
-    """`<target>-<arch>-<version>`; RTX engines are built for every architecture the builder supports."""
+    """`<target>-<arch>-<version>`; RTX engines are built for every architecture the builder supports, and an IR says
+    for which device its int8 was proven.
+    """
     document = build.compiled.document
     return f"{document['target']}-{document.get('arch', 'any')}-{document['version']}"
 
@@ -132,7 +135,7 @@ def _write_finish_script(build: Build, folder: Path) -> None:
         f"{component}/{GRAPH}",
         flavor=flavor,
         profiles=build.profiles,
-        expected={name: nodes for name, nodes in build.compute_nodes.items() if build.plan.layer(name).activation_bits},
+        expected=build.quantized_nodes,
         engines_relpath=f"{component}/engines",
     )
 
@@ -142,7 +145,7 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
     signature = [
         {"name": item.name, "type": item.type, "shape": list(item.shape)} for item in runner.session.get_inputs()
     ]
-    features = ["vnni"] if build.recipe.target is Target.ORT_CPU and build.vnni else []
+    component = build.model.family.component
     packages = environment()["packages"]
     return {
         "dmqexport_version": dmqexport.__version__,
@@ -157,7 +160,7 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
             ],
             "weights": build.recipe.weights,
         },
-        "component": build.model.family.component,
+        "component": component,
         "bits": build.plan.bits,
         "target": build.recipe.target.value,
         "rows": build.plan.rows,
@@ -165,14 +168,16 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
         "plan_fingerprint": build.plan.fingerprint,
         "inputs": signature,
         "outputs": list(runner.output_names),
-        "session": {"config": {}, "cpu_features": features},
+        "session": {"config": {}, "cpu_features": ["vnni"] if build.vnni else []},
         "sampling": {
             "steps": build.steps,
             "guidance": build.guidance,
             "latent_size": None if build.model.size is None else list(build.model.size),
         },
         "engine": {
-            key: build.compiled.document[key] for key in ("target", "version", "layers_proven", "layers_planned")
+            "folder": f"{component}/engines/{engine_folder(build)}",
+            "arch": build.compiled.document.get("arch", "any"),
+            **{key: build.compiled.document[key] for key in ("target", "version", "layers_proven", "layers_planned")},
         }
         if build.compiled.document
         else None,

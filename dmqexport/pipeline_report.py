@@ -210,9 +210,10 @@ class ReportBuilder:
     def graph_compute(self) -> dict[str, str]:
         """Type that multiplies each planned layer, read from the deployed graph (or proven by the engine)."""
         build = self.build
-        if build.recipe.target in (Target.TRT, Target.TRT_RTX):
+        if build.profile.builds_engine:
             proven = {proof["layer"] for proof in build.compiled.document.get("proofs", ())}
-            return {layer.name: "int8" if layer.name in proven else "unproven" for layer in build.plan.layers}
+            other = "float32" if build.recipe.target is Target.OPENVINO else "unproven"
+            return {layer.name: "int8" if layer.name in proven else other for layer in build.plan.layers}
         model = ir.load(build.deployed_graph)
         nodes = {node.name: node for node in model.graph}
         result = {}
@@ -223,7 +224,7 @@ class ReportBuilder:
     def _storage_bits(self, layer: LayerQuant) -> dict[str, int | None]:
         """Container of the weights in the deployed file; activations travel in int8."""
         weight = 8
-        if layer.weight_bits <= 4 and self.build.recipe.target in (Target.ONNX, Target.ORT_CPU):
+        if layer.weight_bits <= 4 and self.build.recipe.target in (Target.ONNX, Target.ORT_CPU, Target.OPENVINO):
             weight = 4
         return {"weight": weight, "activation": None if layer.activation_bits is None else 8}
 
@@ -261,7 +262,8 @@ class ReportBuilder:
         if compiled.missing is not None:
             return {"target": self.build.recipe.target.value, "note": compiled.missing.splitlines()[0]}
         kept = ("target", "version", "seconds", "bytes", "layers_proven", "layers_planned")
-        return {**{key: compiled.document[key] for key in kept}, "note": "precision read back from the builder's log"}
+        where = "executed network" if self.build.recipe.target is Target.OPENVINO else "builder's log"
+        return {**{key: compiled.document[key] for key in kept}, "note": f"precision read back from the {where}"}
 
     @cached_property
     def comparison(self) -> GraphComparison:
@@ -319,7 +321,7 @@ class ReportBuilder:
             warnings.append(f"no engine was built: {self.build.compiled.missing.splitlines()[0]}")
         if self.validation.latency is not None and self.validation.latency["ratio"] >= 1:
             warnings.append("the quantized graph is not faster than float32 on this machine")
-        if self.build.recipe.target is Target.ORT_CPU and self.build.vnni:
+        if self.build.vnni:
             warnings.append("built for CPUs with VNNI; use --set lowering.cpu_isa=portable for older ones")
         return warnings
 

@@ -26,7 +26,9 @@ from dmqexport.runtime import QuantizedDenoiser
 from dmqexport.target import Target
 from dmqexport.workspace import StageRecord
 from engines.bench import interleaved
+from engines.openvino_ir import OpenVinoRunner, open_ir
 from engines.ort import Optimization, OrtRunner, available_cores
+from engines.runner import Runner
 from passes.tap import TapOutputs, layer_outputs
 
 Array = np.ndarray[Any, Any]
@@ -112,9 +114,18 @@ class Validation:
     # Deployed graph
 
     @cached_property
-    def runner(self) -> OrtRunner:
-        """The deployed graph in ONNX Runtime (for TensorRT targets: the very graph the engine is built from)."""
-        return OrtRunner(self.build.deployed_graph, optimization=_level(self.build.recipe.target))
+    def runner(self) -> Runner:
+        """What is deployed, in its runtime (for TensorRT targets: the graph the engine is built from, on the CPU)."""
+        engine = self.build.compiled.engine if self.build.recipe.target is Target.OPENVINO else None
+        return self._open(self.build.deployed_graph) if engine is None else open_ir(engine.parent)
+
+    def _open(self, graph: Path) -> Runner:
+        """A form of the deployed graph in the target's runtime."""
+        target = self.build.recipe.target
+        if target is Target.OPENVINO:
+            return OpenVinoRunner(graph, device=self.build.recipe.lowering.openvino_device)
+        # Fusions of Q/DQ graphs may saturate on some CPUs; only the graph lowered for this runtime may use them.
+        return OrtRunner(graph, optimization=Optimization.FAST if target is Target.ORT_CPU else Optimization.REFERENCE)
 
     @cached_property
     def measured(self) -> StageRecord:
@@ -127,6 +138,8 @@ class Validation:
             "validation": recipe.model_dump(mode="json", exclude={"gates", "latency_batch", "latency_runs"}),
             "seed": build.recipe.seed,
         }
+        if build.recipe.target is Target.OPENVINO:
+            key["runtime"] = [build.compiled.document[name] for name in ("arch", "version")]
         reference = self.reference
         if self.judges_frechet:
             _ = self.training_features  # a stage of its own, not inside this one's time
@@ -207,7 +220,7 @@ class Validation:
             tapped[label] = path
         try:
             float_runner = OrtRunner(tapped["float"])
-            deployed = OrtRunner(tapped["deployed"], optimization=_level(self.build.recipe.target))
+            deployed = self._open(tapped["deployed"])
             rows = np.asarray(plan.row_map)[entries.timesteps.numpy()]
             chosen = _spread_over_rows(rows, self.recipe.layer_entries)
             signal = {name: np.zeros(plan.rows) for name in wanted}
@@ -325,13 +338,14 @@ class Validation:
 
     @cached_property
     def latency(self) -> dict[str, Any] | None:
-        """FP32 against quantized ONNX Runtime on the same inputs; None where the deployed graph is not for it."""
-        if self.build.recipe.target is not Target.ORT_CPU:
+        """FP32 against quantized in the target's runtime, on the same inputs; None where it cannot run here."""
+        target = self.build.recipe.target
+        if target not in (Target.ORT_CPU, Target.OPENVINO):
             return None
         batch = self.recipe.latency_batch
         index = torch.arange(batch) % len(self.reference.entries)
         inputs = _arrays(self.reference.entries, index)
-        runners = {"fp32": OrtRunner(self.build.float_graph), "quantized": OrtRunner(self.build.deployed_graph)}
+        runners = {"fp32": self._open(self.build.float_graph), "quantized": self.runner}
         result = interleaved(runners, inputs, runs=self.recipe.latency_runs)
         return {
             "fp32_ms": result.median_ms["fp32"],
@@ -355,12 +369,7 @@ def _offset(build: Build, start: int, total: int) -> Callable[[int, int], None]:
     return lambda done, _: build.workspace.reporter.progress(start + done, total)
 
 
-def _level(target: Target) -> Optimization:
-    # Fusions of Q/DQ graphs may saturate on some CPUs; only the graph lowered for this runtime may use them.
-    return Optimization.FAST if target is Target.ORT_CPU else Optimization.REFERENCE
-
-
-def _single(runner: OrtRunner, inputs: dict[str, Array]) -> Array:
+def _single(runner: Runner, inputs: dict[str, Array]) -> Array:
     return runner.run(inputs)[runner.output_names[0]]
 
 

@@ -148,4 +148,5 @@ class LoweringRecipe(Section):
     cpu_isa: Literal["auto", "portable", "vnni"] = Field(
         default="auto", description="auto: signed weights if this CPU has VNNI; portable: exact on every x86 CPU"
     )
-    max_batch: int = Field(default=8, ge=1, description="largest batch of TensorRT profiles")
+    max_batch: int = Field(default=8, ge=1, description="largest batch of TensorRT profiles, and of OpenVINO's proof")
+    openvino_device: Literal["CPU", "GPU", "NPU"] = "CPU"

@@ -20,18 +20,20 @@ from calib.sampling import timestep_keys
 from dmqexport.bundle import Bundle, open_bundle, read_json
 from dmqexport.errors import BundleError, EngineError, ModelError
 from dmqexport.models.family import Family, bind_call, family_of
-from dmqexport.target import cpu_has_vnni
+from dmqexport.target import Target, cpu_has_vnni
+from engines.openvino_ir import open_ir
 from engines.ort import OrtRunner
+from engines.runner import Runner
 
 
 class QuantizedDenoiser(nn.Module):
-    """Runs a deployed graph in ONNX Runtime behind the call signature of a diffusers denoiser.
+    """Runs a deployed graph in its runtime behind the call signature of a diffusers denoiser.
 
     Accepts what diffusers pipelines pass: tensors by position or name, scalar or per-sample timesteps (float ones are
     rounded), and optional arguments of other features as long as they are None.
     """
 
-    def __init__(self, runner: OrtRunner, family: Family, config: Mapping[str, Any], num_timesteps: int) -> None:
+    def __init__(self, runner: Runner, family: Family, config: Mapping[str, Any], num_timesteps: int) -> None:
         """config: the denoiser's diffusers config; num_timesteps: length of the timestep table."""
         super().__init__()
         self.runner = runner
@@ -102,9 +104,10 @@ class _Config(dict[str, Any]):
 
 
 def load_denoiser(bundle: str | Path, *, threads: int | None = None, verify: bool = False) -> QuantizedDenoiser:
-    """Open a bundle's denoiser for ONNX Runtime on CPU.
+    """Open a bundle's denoiser: for OpenVINO if that is its target, else for ONNX Runtime on CPU.
 
-    Raises BundleError when the bundle is broken or needs a CPU feature this machine lacks.
+    Raises BundleError when the bundle is broken or needs a CPU feature this machine lacks, BackendMissingError when
+    its runtime is not installed.
     """
     opened = open_bundle(Path(bundle), verify=verify)
     check_machine(opened)
@@ -114,15 +117,18 @@ def load_denoiser(bundle: str | Path, *, threads: int | None = None, verify: boo
     return QuantizedDenoiser(open_runner(opened, threads), family, config, int(opened.manifest["num_timesteps"]))
 
 
-def open_runner(bundle: Bundle, threads: int | None = None) -> OrtRunner:
-    """The deployed graph in ONNX Runtime; raises BundleError when it is damaged, naming what differs."""
+def open_runner(bundle: Bundle, threads: int | None = None) -> Runner:
+    """What is deployed, in its runtime; raises BundleError when it is damaged, naming what differs."""
+    runtime = "openvino" if bundle.manifest["target"] == Target.OPENVINO else "onnxruntime"
     try:
+        if bundle.engine_folder is not None and runtime == "openvino":
+            return open_ir(bundle.engine_folder, threads=threads)
         return OrtRunner(bundle.graph, threads=threads, config=bundle.session_config)
     except EngineError as error:
         open_bundle(bundle.path, verify=True)  # says which file has changed, if one has
         raise BundleError(
-            f"{bundle.graph}: the installed ONNX Runtime does not load this graph: {error.message}",
-            hint="the bundle is as it was built: install a newer onnxruntime, or rebuild it here",
+            f"{bundle.path}: the installed {runtime} does not load this network: {error.message}",
+            hint=f"the bundle is as it was built: install a newer {runtime}, or rebuild it here",
         ) from error
 
 

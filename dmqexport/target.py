@@ -12,6 +12,7 @@ class Target(StrEnum):
     ORT_CPU = "ort-cpu"
     TRT_RTX = "trt-rtx"
     TRT = "trt"
+    OPENVINO = "openvino"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ PROFILES: dict[Target, TargetProfile] = {
             (8,),
             True,
             False,
+        ),
+        TargetProfile(
+            Target.OPENVINO, "OpenVINO on CPU, GPU or NPU, int8 proven per layer", "int8", (4, 8), True, True
         ),
     )
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.ort import Arrays, OrtRunner
+from engines.runner import Arrays, Runner
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LatencyResult:
         return self.median_ms[numerator] / self.median_ms[denominator]
 
 
-def interleaved(runners: Mapping[str, OrtRunner], inputs: Arrays, *, runs: int, warmup: int = 3) -> LatencyResult:
+def interleaved(runners: Mapping[str, Runner], inputs: Arrays, *, runs: int, warmup: int = 3) -> LatencyResult:
     """Run every runner in turn, `runs` times after `warmup`, on the same inputs; medians of wall-clock time."""
     times: dict[str, list[float]] = {name: [] for name in runners}
     for runner in runners.values():

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from dmqexport.errors import BackendMissingError, EngineError
-from engines.ort import Arrays, Optimization, OrtRunner
+from engines.ort import Optimization, OrtRunner
+from engines.runner import Arrays
 
 Level = Literal["error", "warning", "info"]
 

@@ -24,15 +24,14 @@ from typing import Any
 import numpy as np
 
 from dmqexport.errors import BackendMissingError, EngineError, ResourceError
-from engines.ort import Arrays, available_cores
+from engines.ort import available_cores
+from engines.runner import Arrays
 from engines.trt_standalone import LayerProof, describe
 
-#: Name of the target in paths.
-TARGET = "openvino"
 IR_XML = "model.xml"
 IR_BIN = "model.bin"
-#: Beside the IR: what it was built for and which nodes must run in int8.
-IR_JSON = "engine.json"
+#: Beside the IR: the device that it was built for, and which nodes must run in int8.
+IR_JSON = "precision.json"
 #: Compiled networks that a runner keeps, one for every set of input shapes.
 _KEPT = 4
 _PRODUCTS = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
@@ -191,8 +190,8 @@ def build_ir(
     """Convert an ONNX graph to `model.xml` and `model.bin` in `folder`, and prove its layers int8 on `device`.
 
     shapes: batch → shape of every input, for the batches to compile and prove. expected: torch name of every quantized
-    layer → its Conv or MatMul nodes in the graph. The same graph gives the same bytes. Also writes `engine.json`, which
-    `open_ir` reads.
+    layer → its Conv or MatMul nodes in the graph. The same graph gives the same bytes. Also writes `precision.json`,
+    which `open_ir` reads.
 
     Raises BackendMissingError without OpenVINO or the device, EngineError naming every layer that does not run in int8,
     ResourceError when the folder cannot be written.
@@ -216,7 +215,7 @@ def build_ir(
     proofs: list[LayerProof] = []
     for inputs in shapes.values():
         proofs = prove_int8(runner.executed(inputs), expected)
-    document = {"target": TARGET, "device": device, "version": version(), "expected": expected}
+    document = {"device": device, "expected": expected}
     (folder / IR_JSON).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return IrBuild(
         xml=xml,
@@ -251,7 +250,8 @@ def prove_int8(layers: Sequence[ExecutedLayer], expected: Mapping[str, Sequence[
     claims: dict[str, list[ExecutedLayer]] = {}
     for layer in layers:
         for owner in {owner for source in layer.sources for owner in accumulate(source.split("/"), "{}/{}".format)}:
-            claims.setdefault(owner, []).append(layer)
+            if owner:
+                claims.setdefault(owner, []).append(layer)
     proofs = [_proof(name, node, claims.get(node, [])) for name, nodes in expected.items() for node in (nodes or [""])]
     failed = [proof for proof in proofs if proof.problem]
     if failed:

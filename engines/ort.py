@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from dmqexport.errors import BackendMissingError, EngineError
-
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+from engines.runner import Arrays
 
 
 class Optimization(Enum):

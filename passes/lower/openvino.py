@@ -55,6 +55,8 @@ class LowerOpenVINO(ir.passes.InPlacePass):
                 _without_zero_point(builder, dequantize)
                 if not self._vnni:
                     _split(builder, node, dequantize, layer.op is LayerOp.CONV)
+                if node.outputs[0].is_graph_output():
+                    node.name = node.outputs[0].name  # as OpenVINO will call it, so that the proof finds it
                 modified = True
         if modified:
             model.graph.sort()

@@ -69,6 +69,12 @@ class ResourceError(DmqExportError):
     exit_code = 5
 
 
+class RankError(DmqExportError):
+    """Another process of the same build failed or was killed, most often for want of memory."""
+
+    exit_code = 5
+
+
 class BundleError(DmqExportError):
     """A bundle that is truncated, tampered with, or does not fit this machine."""
 

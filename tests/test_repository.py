@@ -35,7 +35,7 @@ class ImportRule:
 
 
 # The contracts between the stages: numpy in, numpy out, no stage and no framework.
-CONTRACTS = "dmqexport.errors dmqexport.quant_types dmqexport.quant_plan dmqexport.target"
+CONTRACTS = "dmqexport.errors dmqexport.quant_types dmqexport.quant_plan dmqexport.target dmqexport.ranks"
 
 # Above the contracts, still no stage and no framework: what a user writes and what lies on disk.
 RECORDS = (
@@ -83,7 +83,7 @@ IMPORT_RULES = (
     ),
     # The command line answers `--help` before anything heavy is loaded.
     ImportRule(
-        "dmqexport.cli dmqexport.cli_*",
+        "dmqexport.cli dmqexport.cli_* dmqexport.__main__",
         f"typer rich dmqexport.cli_* {RECORDS}",
         in_functions="dmqexport.* calib.* passes.* engines.*",
     ),

@@ -1,21 +1,25 @@
 """Adapters are added to the weights exactly, whatever their layout, or refused in words that help."""
 
+import inspect
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from diffusers.utils import USE_PEFT_BACKEND
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmqexport.errors import BackendMissingError, ModelError, RecipeError
-from dmqexport.models import lora as lora_module
 from dmqexport.models.loading import LoadedModel, load_model
-from dmqexport.models.lora import parse_lora
+from dmqexport.models.lora import fuse_loras, parse_lora
+from dmqexport.pipeline_bundle import _copy_companions
+from tests.models import tiny_families
 from tests.models.tiny_pipelines import save_text, save_unconditional
 
 #: a linear layer of attention, one with a list index in its name, a 1 × 1 and a 3 × 3 convolution.
@@ -124,6 +128,94 @@ def test_text_encoders_are_reached_and_several_files_add_up(text: Path, plain: L
     expected = layer.weight.double() + 1.5 * _product(*_factors(layer, 0))
     torch.testing.assert_close(fused.denoiser.get_submodule(LAYERS[0]).weight.double(), expected, rtol=1e-6, atol=2e-6)
     assert [each.parts for each in fused.loras] == [("text_encoder",), ("unet",), ("unet",)]
+
+
+@dataclass(frozen=True)
+class Other:
+    """A pipeline of another family: its class, denoiser, and two layers that adapters of it change."""
+
+    pipeline: Any
+    make: Callable[[], nn.Module]
+    layers: tuple[str, str]
+
+
+_OTHERS = [
+    Other(
+        StableDiffusionXLPipeline,
+        tiny_families.sdxl,
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_k", "up_blocks.1.resnets.0.conv_shortcut"),
+    ),
+    Other(
+        StableDiffusion3Pipeline,
+        tiny_families.sd3,
+        ("transformer_blocks.0.attn.add_q_proj", "transformer_blocks.1.ff.net.0.proj"),
+    ),
+    Other(
+        FluxPipeline,
+        lambda: tiny_families.flux(guidance=True),
+        ("transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_mlp"),
+    ),
+]
+
+
+@pytest.mark.parametrize("other", _OTHERS, ids=lambda other: other.pipeline.__name__)
+def test_adapters_of_other_families(other: Other, tmp_path: Path) -> None:
+    denoiser = other.make()
+    component = "unet" if other.pipeline is StableDiffusionXLPipeline else "transformer"
+    names = inspect.signature(other.pipeline.__init__).parameters.keys() - {"self", "add_watermarker"}
+    parts = {name: None for name in names if "image" not in name and "feature" not in name and "force" not in name}
+    pipeline = other.pipeline(**{**parts, component: denoiser, "scheduler": DDIMScheduler()})
+    before = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for seed, name in enumerate(other.layers):
+        first, second = _factors(denoiser.get_submodule(name), seed)
+        state |= {f"{component}.{name}.lora_A.weight": first, f"{component}.{name}.lora_B.weight": second}
+        before[f"{name}.weight"] = (before[f"{name}.weight"].double() + 0.5 * _product(first, second)).float()
+    save_file(state, tmp_path / "style.safetensors")
+    (fused,) = fuse_loras(pipeline, [f"{tmp_path / 'style.safetensors'}:0.5"])
+    assert (fused.parts, fused.pairs) == ((component,), 2)
+    after = denoiser.state_dict()
+    assert after.keys() == before.keys()
+    for name, expected in before.items():
+        torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_text_encoders_of_kohyas_layout(text: Path, plain: LoadedModel, tmp_path: Path) -> None:
+    encoder = plain.pipeline.text_encoder
+    ends = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # kohya's trainer writes all of a layer
+    names = [name for name, _ in encoder.named_modules() if name.endswith(ends)]
+    state: dict[str, Tensor] = {}
+    for seed, name in enumerate(names):
+        first, second = _factors(encoder.get_submodule(name), seed)
+        stem = "lora_te_text_model_" + name.removeprefix("text_model.").replace(".", "_")
+        state |= {
+            f"{stem}.lora_down.weight": first,
+            f"{stem}.lora_up.weight": second,
+            f"{stem}.alpha": torch.tensor(1.5),
+        }
+    save_file(state, tmp_path / "words.safetensors")
+    fused = load_model(str(text), loras=[str(tmp_path / "words.safetensors")])
+    assert [(each.parts, each.pairs) for each in fused.loras] == [(("text_encoder",), len(ends))]
+    for seed, name in enumerate(names):
+        layer = encoder.get_submodule(name)
+        expected = layer.weight.double() + 1.5 / RANK * _product(*_factors(layer, seed))
+        got = fused.pipeline.text_encoder.get_submodule(name).weight.double()
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_bundle_gets_the_text_encoder_that_calibration_saw(text: Path, plain: LoadedModel, tmp_path: Path) -> None:
+    encoder = plain.pipeline.text_encoder
+    name = next(name for name, _ in encoder.named_modules() if name.endswith("q_proj"))
+    stem = f"text_encoder.{name}.lora_linear_layer"
+    first, second = _factors(encoder.get_submodule(name), 4)
+    save_file({f"{stem}.down.weight": first, f"{stem}.up.weight": second}, tmp_path / "words.safetensors")
+    fused = load_model(str(text), loras=[str(tmp_path / "words.safetensors")])
+    (tmp_path / "bundle").mkdir()
+    _copy_companions(cast(Any, SimpleNamespace(model=fused)), tmp_path / "bundle")
+    shutil.copytree(text / "unet", tmp_path / "bundle" / "unet")
+    stored = load_model(str(tmp_path / "bundle")).pipeline.text_encoder.state_dict()
+    assert all(torch.equal(stored[key], value) for key, value in fused.pipeline.text_encoder.state_dict().items())
+    assert not torch.equal(stored[f"{name}.weight"], encoder.state_dict()[f"{name}.weight"])
 
 
 def test_fingerprint_follows_content_scale_and_order_but_not_the_place(
@@ -246,4 +338,4 @@ def test_without_peft_the_extra_is_named(
     with pytest.raises(BackendMissingError, match="needs the library peft") as caught:
         load_model(str(text), loras=[str(path)])
     assert caught.value.hint == "pip install 'dmqexport[lora]'"
-    assert lora_module.fuse_loras(plain.pipeline, []) == ()
+    assert fuse_loras(plain.pipeline, []) == ()

@@ -116,8 +116,11 @@ class StructuralDistance:
         return total + F.fold(columns, reference.shape[-2:], found.size)
 
 
+#: Squared error of the guided prediction, each step by what it does to the picture: the caller's outputs are that.
+PICTURE = "picture"
 #: By the name that recipes use.
 METRICS: dict[str, Metric] = {
+    PICTURE: MeanSquaredError(),
     "ssim+mse": StructuralDistance(),
     "mse": MeanSquaredError(),
     "sqnr": NoiseToSignal(),

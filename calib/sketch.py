@@ -39,8 +39,9 @@ def measure_sketch(
 ) -> Sensitivity:
     """Estimate the distortion of every layer at each of its `pairs` with `probes` backward passes a batch.
 
-    `run` must build an autograd graph (no torch.no_grad inside). Memory: the activations of one batch and `probes`
-    gradients of each layer's output. Finished (batch, layer) parts are read from `journal` and new ones appended.
+    `run` must build an autograd graph (no torch.no_grad inside); where it gives fewer outputs than it reads entries,
+    neighbouring entries are judged together. Memory: the activations of one batch and `probes` gradients of each
+    layer's output. Finished (batch, layer) parts are read from `journal` and new ones appended.
     """
     kept = Journal(journal)
     context = RowContext(torch.from_numpy(candidates.row_map.copy()), timestep_scale=calibration.timestep_scale)
@@ -53,11 +54,12 @@ def measure_sketch(
             continue
         context.set_timestep(inputs[TIMESTEP], len(entries))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        read, gradients = _gradients(denoiser, missing, partial(run, inputs), metric, probes, generator)
+        read, gradients, outputs = _gradients(denoiser, missing, partial(run, inputs), metric, probes, generator)
         for name in missing:
             with torch.no_grad():
                 base = denoiser.get_submodule(name)
-                values = _contract(base, name, read.pop(name), gradients.pop(name), candidates, pairs[name], context)
+                grads = gradients.pop(name)
+                values = _contract(base, name, read.pop(name), grads, outputs, candidates, pairs[name], context)
             kept.add(number, name, values)
             done += 1
             if progress is not None:
@@ -67,8 +69,8 @@ def measure_sketch(
 
 def _gradients(
     denoiser: nn.Module, names: Sequence[str], run: Any, metric: Metric, probes: int, generator: torch.Generator
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Each layer's input [batch, ...] and the gradients at its output [probes, batch, ...]."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Each layer's input [batch, ...], the gradients at its output [probes, batch, ...], how many outputs `run` has."""
     read: dict[str, Tensor] = {}
     written: dict[str, Tensor] = {}
 
@@ -105,7 +107,8 @@ def _gradients(
     finally:
         for parameter, needed in frozen.items():
             parameter.requires_grad_(needed)
-    return read, {name: torch.stack([part[index] for part in found]) for index, name in enumerate(names)}
+    gradients = {name: torch.stack([part[index] for part in found]) for index, name in enumerate(names)}
+    return read, gradients, len(output)
 
 
 def _contract(
@@ -113,15 +116,21 @@ def _contract(
     name: str,
     read: Tensor,
     gradient: Tensor,
+    outputs: int,
     candidates: Candidates,
     pairs: Sequence[WidthPair],
     context: RowContext,
 ) -> dict[WidthPair, float]:
-    """Sum over entries of the mean over probes of (g·δ)², for every pair. gradient [probes, batch, ...]."""
+    """Sum over outputs of the mean over probes of (g·δ)², for every pair. gradient [probes, batch, ...]."""
     assert isinstance(base, (nn.Conv2d, nn.Linear))
     probes, batch = gradient.shape[:2]
     flat = gradient.reshape(probes, batch, -1)
-    reference = (flat * _operate(base, read, base.weight).reshape(batch, -1)).sum(dim=2)
+
+    def projected(output: Tensor) -> Tensor:
+        """g·output, summed over the entries that are judged together, [probes, outputs]."""
+        return (flat * output.reshape(batch, -1)).sum(dim=2).reshape(probes, outputs, -1).sum(dim=2)
+
+    reference = projected(_operate(base, read, base.weight))
     weights = {
         bits: base.weight if bits is None else _rounded(base, name, bits, candidates, context)
         for bits in dict.fromkeys(pair.weight for pair in pairs)
@@ -131,8 +140,8 @@ def _contract(
         values = read if activation is None else _quantized(base, name, read, activation, candidates, context)
         chosen = [pair for pair in pairs if pair.activation == activation]
         for pair in chosen:
-            output = _operate(base, values, weights[pair.weight]).reshape(batch, -1)
-            result[pair] = float(((flat * output).sum(dim=2) - reference).double().square().mean(dim=0).sum())
+            output = _operate(base, values, weights[pair.weight])
+            result[pair] = float((projected(output) - reference).double().square().mean(dim=0).sum())
     return result
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from calib.allocation_problem import Problem, Resource, Solution, solve_integer, solve_lagrangian
 from calib.allocation_search import Found, search
 from calib.candidates import Candidates, WidthPair
 from calib.freeze import LayerBits
 from calib.joint_distortion import measure_joint, measure_marginals
-from calib.metrics import metric_named
+from calib.metrics import PICTURE
 from calib.observer import load_statistics
 from calib.probe import LayerInfo
 from calib.rate import (
@@ -34,7 +33,8 @@ from calib.sensitivity import Sensitivity, candidate_pairs, measure_exact
 from calib.sketch import measure_sketch
 from dmqexport.byte_size import Budget, BudgetKind
 from dmqexport.errors import RecipeError
-from dmqexport.pipeline_calibrate import STAGE_VERSIONS, Calibration
+from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.pipeline_drafts import Drafting
 from dmqexport.quant_plan import Allocation, QuantPlan
 from dmqexport.quant_types import BitWidths
 from dmqexport.report.pareto_chart import pareto_svg
@@ -46,7 +46,7 @@ _JUDGES = 4  # times as many entries for a whole plan as for curves
 PARETO_JSON, PARETO_SVG = "pareto.json", "pareto.svg"
 
 
-class Allocating(Calibration):
+class Allocating(Drafting):
     """Calibration whose widths come from a budget when the recipe's `allocation.method` is not uniform."""
 
     @property
@@ -225,6 +225,7 @@ class Allocating(Calibration):
             "pairs": {name: [str(pair) for pair in pairs] for name, pairs in asked.items()},
             "sensitivity": recipe.sensitivity,
             "metric": recipe.metric,
+            **({"step_weights": self.step_errors.training_weights} if recipe.metric == PICTURE else {}),
             "entries": recipe.entries,
             "probes": recipe.probes if recipe.sensitivity == "sketch" else None,
             "batch_size": self.recipe.calibration.batch_size,
@@ -232,18 +233,18 @@ class Allocating(Calibration):
         }
 
         def build(folder: Path) -> None:
-            metric, progress = metric_named(recipe.metric), self.workspace.reporter.progress
-            size = min(self.recipe.calibration.batch_size, recipe.entries)
+            metric, progress = self._metric, self.workspace.reporter.progress
+            size = min(self._batch_size, len(self._entries))
             with self.workspace.partial("sensitivity", key) as scratch:
                 journal = scratch / "parts.jsonl"
                 if recipe.sensitivity == "exact":
                     table = measure_exact(
-                        self.model.denoiser, candidates, asked, self._entries, self._denoise, metric, size, journal,
+                        self.model.denoiser, candidates, asked, self._entries, self._judged, metric, size, journal,
                         progress,
                     )  # fmt: skip
                 else:
                     table = measure_sketch(
-                        self.model.denoiser, candidates, asked, self._entries, self._with_gradients, metric, size,
+                        self.model.denoiser, candidates, asked, self._entries, self._judged, metric, size,
                         recipe.probes, self.recipe.seed, journal, progress,
                     )  # fmt: skip
             table.save(folder / "sensitivity.json")
@@ -288,8 +289,8 @@ class Allocating(Calibration):
             for _ in range(recipe.relinearize):
                 choice = best.solution.choice
                 around = measure_marginals(
-                    self.model.denoiser, self.candidates, choice, self._entries, self._denoise,
-                    metric_named(recipe.metric), self.recipe.calibration.batch_size, self.workspace.reporter.progress,
+                    self.model.denoiser, self.candidates, choice, self._entries, self._judged,
+                    self._metric, self._batch_size, self.workspace.reporter.progress,
                 )  # fmt: skip
                 bent = around.factors({name: best.problem.curves[name][pair] for name, pair in choice.items()})
                 again = found({name: best.factors[name] * bent[name] for name in bent}, self._solve)
@@ -421,8 +422,7 @@ class Allocating(Calibration):
 
     def _joint(self, choice: Mapping[str, WidthPair], entries: CalibrationSet) -> float:
         return measure_joint(
-            self.model.denoiser, self.candidates, choice, entries, self._denoise,
-            metric_named(self.recipe.allocation.metric), self.recipe.calibration.batch_size,
+            self.model.denoiser, self.candidates, choice, entries, self._judged, self._metric, self._batch_size,
         )  # fmt: skip
 
     @cached_property
@@ -431,12 +431,12 @@ class Allocating(Calibration):
 
         Another seed, so that allocations chosen by the curves' entries are not judged by those alone.
         """
-        return self.calibration_set.subset(_JUDGES * self.recipe.allocation.entries, self.recipe.seed + 1)
+        return self._subset(_JUDGES * self.recipe.allocation.entries, self.recipe.seed + 1)
 
     @cached_property
     def _entries(self) -> CalibrationSet:
         """Calibration entries spread over every step, that curves are measured on."""
-        chosen = self.calibration_set.subset(self.recipe.allocation.entries, self.recipe.seed)
+        chosen = self._subset(self.recipe.allocation.entries, self.recipe.seed)
         rows = len(np.unique(self.row_map[chosen.timesteps.numpy()]))
         if rows < int(self.row_map.max()) + 1:
             raise RecipeError(
@@ -445,9 +445,6 @@ class Allocating(Calibration):
                 hint="ask for at least one entry a row",
             )
         return chosen
-
-    def _with_gradients(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.model.family.call(self.model.denoiser, inputs)
 
 
 def _bound(patterns: Mapping[str, str], name: str, default: int) -> BitWidths:

@@ -403,16 +403,22 @@ class Calibration:
         denoiser = self.model.denoiser
         return tuple(n for n, bits in widths.items() if bits is not None and refinable(denoiser, n, bits.weight))
 
-    def frozen(self, folder: Path, row_bits: RowBits | None, provisional: Collection[str] = ()) -> QuantPlan:
+    def frozen(
+        self,
+        folder: Path,
+        row_bits: RowBits | None,
+        provisional: Collection[str] = (),
+        bits: Mapping[str, LayerBits] | None = None,
+    ) -> QuantPlan:
         """The plan with every range searched and weights rounded to the nearest code; writes the codes to `folder`.
 
-        provisional: layers whose weights are rounded anew and are not worth a search here.
+        provisional: layers whose weights are rounded anew and are not worth a search here; bits: None for `layer_bits`.
         """
         quantization = self.recipe.quantization
         return freeze(
             self.model.denoiser,
             self.probe_result,
-            self.layer_bits,
+            self.layer_bits if bits is None else bits,
             load_statistics(self.calibrated.path / "statistics.safetensors"),
             self.row_map,
             quantization.attention_bits,

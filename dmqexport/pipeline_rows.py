@@ -1,7 +1,6 @@
 """The bits of timestep rows: what each sampling step's quantization error does to pictures, and the bits it earns."""
 
 import json
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,9 @@ from calib.quantizer import simulate
 from calib.row_allocation import allocate_rows, offset_costs
 from dmqexport.pipeline_allocate import Allocating
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
-from dmqexport.pipeline_steps import StepErrors, measure_step_errors
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
 from dmqexport.workspace import StageRecord
 
-_PICTURES = 16
 _ENTRIES = 16  # calls a step that the error at other widths is measured on
 _OFFSETS = (-1, 0, 1, 2, 3)  # two bits less make a row of 4 bits one of 2: never worth it in pictures
 
@@ -30,43 +27,8 @@ class RowAllocating(Allocating):
 
     @cached_property
     def drafted(self) -> StageRecord:
-        """A plan with even rows and nearest rounding: good enough to tell where errors come from."""
-        quantization = self.recipe.quantization
-        key = {
-            "version": STAGE_VERSIONS["draft"],
-            "statistics": self.calibrated.fingerprint,
-            "layers": {name: str(item) for name, item in self.layer_bits.items()},
-            "attention": quantization.attention_bits,
-            "range": quantization.range,
-        }
-        return self.workspace.stage("draft", key, lambda folder: self.frozen(folder, None).save(folder))
-
-    @cached_property
-    def step_errors(self) -> StepErrors:
-        """What each step's error does to the pictures, from the draft."""
-        prompts = self.prompts_for(_PICTURES)
-        key = {
-            **self.base_key("step-errors"),
-            "draft": self.drafted.fingerprint,
-            "prompts": prompts,
-            "seed": self.recipe.seed,
-        }
-
-        def build(folder: Path) -> None:
-            found = measure_step_errors(
-                self.model,
-                QuantPlan.load(self.drafted.path),
-                QuantWeights(self.drafted.path / WEIGHT_CODES),
-                prompts or None,
-                [self.calibration_seed + index for index in range(_PICTURES)],
-                steps=self.steps,
-                guidance=self.guidance,
-                progress=self.workspace.reporter.progress,
-            )
-            (folder / "step_errors.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
-
-        record = self.workspace.stage("step-errors", key, build)
-        return StepErrors(**json.loads((record.path / "step_errors.json").read_text(encoding="utf-8")))
+        """The draft at the widths that were allocated."""
+        return self.draft_of(self.layer_bits)
 
     @cached_property
     def row_bits(self) -> RowBits | None:

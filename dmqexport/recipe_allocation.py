@@ -35,8 +35,10 @@ class AllocationRecipe(Section):
     sensitivity: Literal["sketch", "exact"] = Field(
         default="sketch", description="exact: every layer × width run through the model; sketch: a few backward passes"
     )
-    metric: Literal["ssim+mse", "mse", "sqnr"] = Field(
-        default="ssim+mse", description="distortion of the model's output; ssim+mse is (1 - SSIM) + MSE, as DMQ's"
+    metric: Literal["picture", "ssim+mse", "mse", "sqnr"] = Field(
+        default="ssim+mse",
+        description="distortion of the model's output; ssim+mse is (1 - SSIM) + MSE, as DMQ's; picture: squared error "
+        "of the guided prediction, each step by what its error does to pictures (measured, which samples some)",
     )
     weight_bits: tuple[Width, ...] = Field(default=ALL_WIDTHS, min_length=1, description="candidate widths")
     activation_bits: tuple[Width, ...] = Field(default=ALL_WIDTHS, min_length=1, description="candidate widths")

@@ -143,3 +143,12 @@ def test_a_budget_or_a_sweep_without_allocation_is_refused() -> None:
     for key, value in (("allocation.budget", "2MiB"), ("allocation.pareto", True)):
         with pytest.raises(RecipeError, match="needs bits to be allocated"):
             load_recipe(None, {"model": "emoji", key: value}, [])
+
+
+@pytest.mark.parametrize("sensitivity", ["sketch", "exact"])
+def test_widths_can_be_judged_by_what_pictures_show(tiny_text: Path, tmp_path: Path, sensitivity: str) -> None:
+    arguments = ("--bits", "w4a6", "--mixed", "--set", "allocation.metric=picture")
+    found = document(plan(tiny_text, tmp_path, *arguments, "--set", f"allocation.sensitivity={sensitivity}"))
+    assert found["allocation"]["distortion"] == "picture"
+    assert found["allocation"]["measured_distortion"] > 0
+    assert list((tmp_path / "work").glob("step-errors-*")), "steps are weighed by their effect on pictures"

@@ -86,6 +86,26 @@ def test_the_sketch_estimates_the_exact_sweep_and_ranks_like_it(prepared: Prepar
     assert rank_correlation(exact, sketch) > 0.99
 
 
+def test_entries_that_are_judged_together_are_sketched_together(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = prepared.run
+
+    def guided(inputs: Mapping[str, Tensor]) -> Tensor:
+        halves = plain(inputs)
+        return halves[0::2] + 3 * (halves[1::2] - halves[0::2])
+
+    monkeypatch.setattr(prepared, "run", guided)
+    exact, sketch = prepared.exact(tmp_path / "exact"), prepared.sketch(tmp_path / "sketch", 64)
+    monkeypatch.undo()
+    apart = prepared.sketch(tmp_path / "apart", 64)
+    assert rank_correlation(exact, sketch) > 0.97
+    for name in prepared.names:
+        pair = WidthPair(4, None)
+        assert sketch.distortion[name][pair] == pytest.approx(exact.distortion[name][pair], rel=0.4)
+        assert sketch.distortion[name][pair] != pytest.approx(apart.distortion[name][pair], rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["exact", "sketch"])
 def test_a_killed_measurement_goes_on_where_it_was_and_ends_the_same(
     prepared: Prepared, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dmqexport.errors import ResourceError
+from dmqexport.errors import CalibrationError, ResourceError
+from dmqexport.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -97,60 +98,108 @@ def content_key(parts: Mapping[str, Any]) -> str:
 
 
 class Workspace:
-    """Stages are built in a temporary directory and renamed when complete: a killed build resumes at its last stage."""
+    """Stages are built in a temporary directory and renamed when complete: a killed build resumes at its last stage.
 
-    def __init__(self, root: Path, reporter: Reporter, *, resume: bool = True) -> None:
-        """Use `root` (created). resume=False ignores finished stages. Raises ResourceError when it is not writable."""
+    Several processes (`ranks`) may work in one folder: each asks for the same stages, rank 0 looks them up and builds
+    them, and the others wait, or lend a hand where a stage is shared.
+    """
+
+    def __init__(self, root: Path, reporter: Reporter, *, resume: bool = True, ranks: Ranks = ALONE) -> None:
+        """Use `root` (created). resume=False ignores finished stages. Raises ResourceError when it is not writable.
+
+        While a stage is built, the attribute `ranks` holds those that build it: all for a shared one, else one.
+        """
         self.root = root
         self.reporter = reporter
         self.records: list[StageRecord] = []
+        self.ranks = ranks
         self._resume = resume
         writable_folder(root)
-        self._sweep()
+        if ranks.rank == 0:
+            self._sweep()
 
     def close(self) -> None:
         """Remove the work folder if no stage was finished in it: a mistyped command leaves nothing behind."""
         with contextlib.suppress(OSError):
             self.root.rmdir()
 
-    def stage(self, name: str, key: Mapping[str, Any], build: Callable[[Path], None]) -> StageRecord:
+    def go_on_alone(self) -> bool:
+        """Let the other ranks go once they are here; returns whether this one goes on (rank 0), and now by itself."""
+        rank = self.ranks.rank
+        self.ranks.meet("the end of the shared stages")
+        self.ranks = ALONE
+        return rank == 0
+
+    def stage(
+        self, name: str, key: Mapping[str, Any], build: Callable[[Path], None], *, shared: bool = False
+    ) -> StageRecord:
         """Return the finished stage for `key`, running `build(directory)` unless it is there already and undamaged.
 
-        Raises ResourceError when the disk is full or cannot be written, and whatever `build` raises.
+        shared: every rank runs `build`, on one directory that rank 0 fills from the parts of all (see `partial`).
+        Raises ResourceError when the disk is full or cannot be written, RankError when another rank failed,
+        CalibrationError when the ranks do not agree what to build, and whatever `build` raises.
         """
         fingerprint = content_key({"stage": name, **key})
         final = self.root / f"{name}-{fingerprint[:16]}"
         self.reporter.started(name)
         start = time.perf_counter()
-        cached = self._resume and final.is_dir() and _undamaged(final)
+        everyone = self.ranks
+        leads = everyone.rank == 0
+        cached = leads and self._resume and final.is_dir() and _undamaged(final)
+        temporary = self.root / f".{name}-{fingerprint[:16]}.tmp-{os.getpid()}"
+        decided = everyone.tell(name, json.dumps([fingerprint, cached, temporary.name]))
+        agreed, cached, chosen = json.loads(decided)
+        if agreed != fingerprint:
+            raise CalibrationError(
+                f"rank {everyone.rank} asks for another {name!r} than rank 0: {fingerprint[:16]}, not {agreed[:16]}",
+                hint="give every process the same command, files, packages and kind of processor",
+            )
         if not cached:
-            temporary = self.root / f".{name}-{fingerprint[:16]}.tmp-{os.getpid()}"
-            with file_errors(self.root):
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-                try:
-                    build(temporary)
-                    _ordinary_modes(temporary)
-                    _write_contents(temporary, time.perf_counter() - start)
-                    shutil.rmtree(final, ignore_errors=True)
-                    temporary.rename(final)
-                finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
+            self.ranks = everyone if shared else ALONE
+            try:
+                with file_errors(self.root):
+                    if leads:
+                        self._build(temporary, final, build, start)
+                    elif shared:
+                        build(self.root / chosen)
+            finally:
+                self.ranks = everyone
+            everyone.meet(name)
         seconds = time.perf_counter() - start
         record = StageRecord(name, final, fingerprint, seconds, cached, peak_rss_bytes(), *_built(final))
         self.records.append(record)
         self.reporter.finished(name, record.seconds, cached)
         return record
 
+    @staticmethod
+    def _build(temporary: Path, final: Path, build: Callable[[Path], None], start: float) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            build(temporary)
+            _ordinary_modes(temporary)
+            _write_contents(temporary, time.perf_counter() - start)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
     @contextmanager
     def partial(self, name: str, key: Mapping[str, Any]) -> Iterator[Path]:
-        """A folder for unfinished work of stage `name` with `key`: it survives a kill, and goes when all is done."""
+        """A folder for unfinished work of stage `name` with `key`: it survives a kill, and goes when all is done.
+
+        Of a shared stage every rank must enter and leave it; nobody goes on before all have, nor is it removed before.
+        """
         folder = self.root / f".{name}-{content_key({'stage': name, **key})[:16]}.partial"
-        if not self._resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
+        if self.ranks.rank == 0:
+            if not self._resume:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(exist_ok=True)
+        self.ranks.meet(name)
         yield folder
-        shutil.rmtree(folder, ignore_errors=True)
+        self.ranks.meet(name)
+        if self.ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Remove what killed builds left behind; a directory of a live process is left alone."""

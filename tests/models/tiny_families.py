@@ -18,6 +18,8 @@ from diffusers import (
 )
 from torch import nn
 
+from dmqexport.models.fixed_heads_unet import FixedHeadsUNet2DModel
+
 
 @dataclass(frozen=True)
 class TinyFamily:
@@ -41,6 +43,15 @@ def unet2d(**options: Any) -> UNet2DModel:
         attention_head_dim=8,
         **options,
     )
+
+
+def fixed_heads() -> FixedHeadsUNet2DModel:
+    """As `unet2d`, with a number of attention heads instead of their width."""
+    return FixedHeadsUNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4, num_attention_heads=2,
+    )  # fmt: skip
 
 
 def unet2d_condition(**options: Any) -> UNet2DConditionModel:
@@ -109,6 +120,7 @@ _SMALL_FLUX = (*_RANDOM, "sampling.latent_size=[8,8]")
 
 TINY_FAMILIES = (
     TinyFamily("unet2d", unet2d, ddim),
+    TinyFamily("fixed-heads", fixed_heads, ddim),
     TinyFamily("unet2d-classes", lambda: unet2d(num_class_embeds=10), ddim),
     TinyFamily("unet2d-v-prediction", unet2d, lambda: ddim(prediction_type="v_prediction")),
     TinyFamily("unet2d-x0-prediction", unet2d, lambda: ddim(prediction_type="sample")),

@@ -51,7 +51,9 @@ def _print_table(table: "tuple[Preset, ...]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(*_TITLES, show_lines=True)
+    drawn = Table(show_lines=True)
+    for title in _TITLES:
+        drawn.add_column(title, overflow="fold")  # hub ids are for copying: folded, not cut
     for preset in table:
         drawn.add_row(*_cells(preset))
     console = Console()

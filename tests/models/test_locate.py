@@ -1,5 +1,6 @@
 """From what the user wrote to a folder: presets without one, gated ones, converted ones, and what is downloaded."""
 
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -164,3 +165,14 @@ def test_classes_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=words) as caught:
             sample_images(loaded, [text], [1], steps=1, guidance=1.0, batch_size=1)
         assert "class" in str(caught.value.hint)
+
+
+def test_latents_of_vector_quantized_autoencoders_are_not_scaled_by_default(tmp_path: Path) -> None:
+    """The hub's ldm-celebahq-256 says nothing of a factor, and diffusers would take Stable Diffusion's."""
+    torch.save({"state_dict": randomize(LdmModel(PLAIN), 1).checkpoint()}, tmp_path / "model.ckpt")
+    convert_as(tmp_path / "model.ckpt", PLAIN, "ldm-celebahq-256", tmp_path / "mine")
+    path = tmp_path / "mine" / "vqvae" / "config.json"
+    for stored, expected in ((None, 1.0), (0.5, 0.5)):
+        config = {**json.loads(path.read_text()), "scaling_factor": stored}
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+        assert load_model(str(tmp_path / "mine")).pipeline.vqvae.config.scaling_factor == expected

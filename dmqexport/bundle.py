@@ -1,4 +1,8 @@
-"""The deployable folder: layout, manifest, hashes; opened and verified without any framework."""
+"""The deployable folder: layout, manifest, hashes; opened and verified without any framework.
+
+Two files vouch for the rest. The manifest holds what the recipe determines: built twice, it is the same to the byte.
+The seal holds the hash of the manifest and of what differs from build to build: measurements, and built engines.
+"""
 
 import hashlib
 import json
@@ -11,16 +15,18 @@ from dmqexport.errors import BundleError, RecipeError
 from dmqexport.quant_plan import QuantPlan
 from dmqexport.target import Target
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OWN_FOLDER = "dmqexport"
 MANIFEST = f"{OWN_FOLDER}/manifest.json"
+SEAL = f"{OWN_FOLDER}/seal.json"
 REPORT_JSON = f"{OWN_FOLDER}/report.json"
 REPORT_HTML = f"{OWN_FOLDER}/report.html"
 GRID = f"{OWN_FOLDER}/grid.png"
 RECIPE = f"{OWN_FOLDER}/recipe.yaml"
 GRAPH = "model.onnx"
-#: Measurements differ from run to run; the manifest vouches for what is deployed, not for them.
-_UNHASHED = (MANIFEST, REPORT_JSON, REPORT_HTML, GRID)
+#: Folder of built engines, in the denoiser's; a GPU host may add some, which no file vouches for.
+ENGINES = "engines"
+_MEASURED = (REPORT_JSON, REPORT_HTML, GRID)
 _FIELDS: dict[str, type] = {
     "component": str,
     "files": dict,
@@ -42,6 +48,7 @@ class Bundle:
 
     path: Path
     manifest: Mapping[str, Any]
+    sealed: Mapping[str, dict[str, Any]]
 
     @property
     def component(self) -> str:
@@ -58,6 +65,11 @@ class Bundle:
         """Where the built engine lies; None where the target has none, or it is still to be built."""
         engine = self.manifest.get("engine")
         return None if engine is None else self.path / str(engine["folder"])
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Every file that is vouched for, by its relative name, with its size and sha256."""
+        return {**self.manifest["files"], **self.sealed}
 
     @property
     def plan(self) -> QuantPlan:
@@ -90,13 +102,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_bundle(path: Path, *, verify: bool = False) -> Bundle:
-    """Open a bundle; `verify` checks every file's size and sha256 (a missing or wrong size is always found).
+    """Open a bundle; `verify` checks every file's sha256, and that no file was added.
 
-    Raises BundleError.
+    A changed manifest, a missing file or one of another size is always found. Raises BundleError.
     """
     manifest = open_manifest(path)
     _check_fields(path, manifest)
-    problems = list(_problems(path, manifest["files"], verify))
+    sealed = _sealed(path)
+    problems = list(_problems(path, {**manifest["files"], **sealed}, verify))
     if problems:
         count = "1 file differs" if len(problems) == 1 else f"{len(problems)} files differ"
         rest = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
@@ -104,7 +117,7 @@ def open_bundle(path: Path, *, verify: bool = False) -> Bundle:
             f"{path}: {count} from the manifest:\n  " + "\n  ".join(problems[:10] + rest),
             hint=_REBUILD,
         )
-    return Bundle(path, manifest)
+    return Bundle(path, manifest, sealed)
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
@@ -133,10 +146,34 @@ def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
             "sampling": {"steps", "guidance"} <= manifest["sampling"].keys(),
             "session": isinstance(manifest["session"].get("config"), dict),
             "target": manifest["target"] in list(Target),
+            "engine": _is_engine(manifest.get("engine")),
         }
         wrong = [name for name, right in checks.items() if not right]
     if wrong:
         raise BundleError(f"{path / MANIFEST}: {', '.join(wrong)} cannot be understood", hint=_REBUILD)
+
+
+def _is_engine(engine: object) -> bool:
+    """Whether the manifest's `engine` is none, or names a folder inside the bundle."""
+    if engine is None:
+        return True
+    folder = engine.get("folder") if isinstance(engine, dict) else None
+    return isinstance(folder, str) and not Path(folder).is_absolute() and ".." not in Path(folder).parts
+
+
+def _sealed(path: Path) -> dict[str, dict[str, Any]]:
+    """The files that the seal vouches for; BundleError where it is missing, broken, or of another manifest."""
+    if not (path / SEAL).is_file():
+        raise BundleError(f"{path}: {SEAL} is missing", hint=_REBUILD)
+    seal = read_json(path / SEAL)
+    files = seal.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values()
+    ):
+        raise BundleError(f"{path / SEAL}: files cannot be understood", hint=_REBUILD)
+    if seal.get("manifest") != sha256(path / MANIFEST):
+        raise BundleError(f"{path}: {MANIFEST} is not the one that was sealed", hint=_REBUILD)
+    return files
 
 
 def _problems(path: Path, files: Mapping[str, Mapping[str, Any]], verify: bool) -> Iterator[str]:
@@ -148,6 +185,19 @@ def _problems(path: Path, files: Mapping[str, Mapping[str, Any]], verify: bool) 
             yield f"{name}: {file.stat().st_size} bytes, expected {entry['size']}"
         elif verify and sha256(file) != entry["sha256"]:
             yield f"{name}: content differs (sha256)"
+    if verify:
+        known = {*files, MANIFEST, SEAL}
+        yield from (f"{name}: not part of the build" for name in _names(path) if name not in known and not _built(name))
+
+
+def _names(path: Path) -> list[str]:
+    """Relative names of all files below `path`, sorted; links count as files, wherever they lead."""
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink())
+
+
+def _built(name: str) -> bool:
+    """Whether a file is part of a built engine, whose bytes another build need not repeat."""
+    return ENGINES in Path(name).parts[:-1]
 
 
 def sha256(path: Path) -> str:
@@ -157,14 +207,17 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Hash every file of `folder` and write the manifest; the same content gives the same bytes."""
-    files = {
-        name: {"sha256": sha256(file), "size": file.stat().st_size}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and (name := file.relative_to(folder).as_posix()) not in _UNHASHED
-    }
-    document = {"schema_version": SCHEMA_VERSION, **fields, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    """Hash every file of `folder`, write the manifest, and seal it; the same content gives the same manifest."""
+    names = [name for name in _names(folder) if name not in (MANIFEST, SEAL)]
+    hashed = {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in names}
+    sealed = {name: entry for name, entry in hashed.items() if name in _MEASURED or _built(name)}
+    files = {name: entry for name, entry in hashed.items() if name not in sealed}
+    _write(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **fields, "files": files})
+    _write(folder / SEAL, {"manifest": sha256(folder / MANIFEST), "files": sealed})
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def is_replaceable(path: Path) -> bool:
@@ -184,14 +237,12 @@ def check_replaceable(path: Path) -> None:
     if not (path / MANIFEST).is_file():
         return
     try:
-        ours = {*open_manifest(path)["files"], *_UNHASHED}
+        ours = {*read_json(path / MANIFEST)["files"], *_MEASURED, MANIFEST, SEAL}
+        if (path / SEAL).is_file():  # bundles of the first schema have none
+            ours |= {*read_json(path / SEAL)["files"]}
     except (BundleError, KeyError, TypeError):
         ours = set()
-    foreign = [
-        name
-        for file in sorted(path.rglob("*"))
-        if (file.is_file() or file.is_symlink()) and (name := file.relative_to(path).as_posix()) not in ours
-    ]
+    foreign = [name for name in _names(path) if name not in ours]
     if foreign:
         listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise RecipeError(

@@ -71,7 +71,8 @@ def inspect(
 ) -> None:
     """Show what a bundle holds: bits, sizes, precision, what stayed in float and why.
 
-    Missing files and wrong sizes are always found; --verify also finds changed content (exit code 6).
+    A changed manifest, missing files and wrong sizes are always found; --verify also finds changed content and files
+    that the build did not write (exit code 6).
     """
     start_logging(verbose=False)
     from dmqexport.bundle import open_bundle
@@ -88,7 +89,7 @@ def inspect(
 
     print_bundle(opened, layers)
     if verify:
-        print(f"verified: all {len(opened.manifest['files'])} files match the manifest")
+        print(f"verified: all {len(opened.files)} files are as they were built")
 
 
 def bench(

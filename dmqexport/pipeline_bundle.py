@@ -1,6 +1,7 @@
 """Assemble the deployable folder and put it in place in one rename."""
 
 import json
+import platform
 import shutil
 import time
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import dmqexport
 from dmqexport.bundle import GRAPH, GRID, OWN_FOLDER, RECIPE, check_replaceable, write_manifest
 from dmqexport.models.quiet import quiet
+from dmqexport.onnx_export import OPSET
 from dmqexport.pipeline import Build, Stage, copy_graph
 from dmqexport.pipeline_report import ReportBuilder, environment
 from dmqexport.pipeline_validate import Validation
@@ -182,7 +184,11 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
         if build.compiled.document
         else None,
         "finish_command": "python finish_on_gpu.py" if build.compiled.missing is not None else None,
-        "gates_passed": not any(gate["passed"] is False for gate in report.gates),
+        # Latency differs from build to build; the manifest holds what the recipe determines.
+        "gates_passed": not any(gate["passed"] is False for gate in report.gates if gate["name"] != "latency_ratio"),
+        "recipe": build.recipe.model_dump(mode="json"),
         "seed": build.recipe.seed,
+        "opset": OPSET,
+        "architecture": platform.machine(),
         "packages": packages,
     }

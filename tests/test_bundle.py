@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dmqexport.bundle import MANIFEST, check_replaceable, is_replaceable, open_bundle, write_manifest
+from dmqexport.bundle import MANIFEST, SEAL, check_replaceable, is_replaceable, open_bundle, write_manifest
 from dmqexport.errors import BundleError, RecipeError
 
 FIELDS: dict[str, Any] = {
@@ -24,7 +24,10 @@ FIELDS: dict[str, Any] = {
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"
-    for name in ("unet/model.onnx", "vae/config.json", "dmqexport/quant_plan.json", "dmqexport/report.json"):
+    for name in (
+        *("unet/model.onnx", "unet/engines/trt-any-11/engine.plan", "vae/config.json"),
+        *("dmqexport/quant_plan.json", "dmqexport/report.json"),
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"content of {name}")
     write_manifest(folder, FIELDS)
@@ -49,13 +52,20 @@ def test_opens_and_verifies(bundle: Path) -> None:
     assert opened.graph == bundle / "unet" / "model.onnx"
     assert opened.component == "unet"
     assert opened.manifest["files"].keys() == {"unet/model.onnx", "vae/config.json", "dmqexport/quant_plan.json"}
+    assert opened.sealed.keys() == {"dmqexport/report.json", "unet/engines/trt-any-11/engine.plan"}
+    on_disk = {file.relative_to(bundle).as_posix() for file in bundle.rglob("*") if file.is_file()}
+    assert opened.files.keys() == on_disk - {MANIFEST, SEAL}, "the manifest and the seal vouch for each other"
 
 
 def test_the_same_content_makes_the_same_manifest(bundle: Path) -> None:
     before = (bundle / MANIFEST).read_bytes()
+    seal = (bundle / SEAL).read_bytes()
     (bundle / "dmqexport" / "report.json").write_text("another measurement")
+    (bundle / "unet/engines/trt-any-11/engine.plan").write_text("another timing of tactics")
     write_manifest(bundle, dict(reversed(FIELDS.items())))
     assert (bundle / MANIFEST).read_bytes() == before
+    assert (bundle / SEAL).read_bytes() != seal
+    open_bundle(bundle, verify=True)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +84,14 @@ def test_the_same_content_makes_the_same_manifest(bundle: Path) -> None:
         (change(model={}), ("model cannot be understood",)),
         (change(session={}, target="tpu"), ("session, target cannot be understood",)),
         (change(num_timesteps="20"), ("num_timesteps cannot be understood",)),
+        (change(engine={"folder": "../elsewhere"}), ("engine cannot be understood",)),
+        (change(engine={"folder": "/etc"}), ("engine cannot be understood",)),
+        (change(engine={}), ("engine cannot be understood",)),
+        (change(bits="w4a4"), ("manifest.json is not the one that was sealed",)),
+        (lambda b: (b / SEAL).unlink(), ("seal.json is missing",)),
+        (lambda b: (b / SEAL).write_text("{"), ("seal.json", "cannot be read")),
+        (lambda b: (b / SEAL).write_text('{"files": 3}'), ("seal.json: files cannot be understood",)),
+        (lambda b: (b / "dmqexport/report.json").write_text("x"), ("dmqexport/report.json: 1 bytes, expected",)),
     ],
 )
 def test_damage_is_found_without_reading_everything(
@@ -87,11 +105,26 @@ def test_damage_is_found_without_reading_everything(
     assert str(bundle) in str(caught.value)
 
 
-def test_changed_content_of_the_same_size_needs_verify(bundle: Path) -> None:
-    (bundle / "unet/model.onnx").write_text("CONTENT of unet/model.onnx")
+@pytest.mark.parametrize("name", ["unet/model.onnx", "unet/engines/trt-any-11/engine.plan", "dmqexport/report.json"])
+def test_changed_content_of_the_same_size_needs_verify(bundle: Path, name: str) -> None:
+    (bundle / name).write_text(f"CONTENT of {name}")
     open_bundle(bundle)
-    with pytest.raises(BundleError, match=r"unet/model\.onnx: content differs \(sha256\)"):
+    with pytest.raises(BundleError, match=rf"{name}: content differs \(sha256\)"):
         open_bundle(bundle, verify=True)
+
+
+def test_added_files_need_verify_and_engines_may_be_added(bundle: Path) -> None:
+    """A pickle beside the graph would be loaded by other tools; a GPU host adds engines by design."""
+    (bundle / "unet/engines/trt-sm90-11").mkdir()
+    (bundle / "unet/engines/trt-sm90-11/engine.plan").write_text("built on a GPU host")
+    open_bundle(bundle, verify=True)
+    (bundle / "unet/diffusion_pytorch_model.bin").write_text("pickle")
+    (bundle / "unet/link").symlink_to("/nowhere")
+    open_bundle(bundle)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle, verify=True)
+    assert "unet/diffusion_pytorch_model.bin: not part of the build" in str(caught.value)
+    assert "unet/link: not part of the build" in str(caught.value)
 
 
 def test_what_is_no_folder(tmp_path: Path) -> None:
@@ -128,7 +161,6 @@ def test_folders_and_files_of_a_user_are_not_replaced(tmp_path: Path) -> None:
 
 
 def test_bundles_with_a_users_files_are_not_replaced(bundle: Path) -> None:
-    (bundle / "unet" / "engines").mkdir()
     (bundle / "unet" / "engines" / "engine.plan").touch()
     with pytest.raises(RecipeError, match=r"did not write: unet/engines/engine\.plan; nothing was touched"):
         check_replaceable(bundle)
@@ -136,6 +168,15 @@ def test_bundles_with_a_users_files_are_not_replaced(bundle: Path) -> None:
         (bundle / f"note{index}").touch()
     with pytest.raises(RecipeError, match="and 5 more"):
         check_replaceable(bundle)
+
+
+def test_bundles_of_the_first_schema_are_replaced(bundle: Path) -> None:
+    """They had no seal, and hashed engines in the manifest."""
+    document = json.loads((bundle / MANIFEST).read_text())
+    document["files"].update(json.loads((bundle / SEAL).read_text())["files"])
+    (bundle / MANIFEST).write_text(json.dumps({**document, "schema_version": 1}))
+    (bundle / SEAL).unlink()
+    check_replaceable(bundle)
 
 
 def test_a_bundle_with_a_broken_manifest_is_not_replaced(bundle: Path) -> None:

@@ -248,7 +248,7 @@ def test_inspect(text_bundle: Built, tmp_path: Path) -> None:
     header = next(line for line in answer.out.splitlines() if line.startswith("layer "))
     assert header.split() == ["layer", "weight", "activation", "storage", "compute", "SQNR"]
     assert "conv_in" in answer.out
-    assert "files match the manifest" in answer.out
+    assert "files are as they were built" in answer.out
     document = dmqexport("inspect", text_bundle.path, "--layers", "--json").json
     assert document["manifest"]["bits"] == "w4a4"
     assert len(document["layers"]) > 50

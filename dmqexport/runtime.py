@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib.sampling import timestep_keys
 from dmqexport.bundle import Bundle, open_bundle, read_json
 from dmqexport.errors import BundleError, EngineError, ModelError
-from dmqexport.models.family import Family, bind_call, family_of
+from dmqexport.models.family import Family, bind_call, family_of, table_keys
 from dmqexport.target import Target, cpu_has_vnni
 from engines.openvino_ir import open_ir
 from engines.ort import OrtRunner
@@ -79,7 +78,7 @@ class QuantizedDenoiser(nn.Module):
         return SimpleNamespace(sample=output) if return_dict else (output,)
 
     def _check_timestep(self, timestep: Tensor) -> None:
-        keys = timestep_keys(timestep, self.family.timestep_scale)
+        keys = table_keys(self.family, timestep)
         if int(keys.min()) < 0 or int(keys.max()) >= self.num_timesteps:
             outside = keys.min() if int(keys.min()) < 0 else keys.max()
             raise BundleError(

@@ -84,7 +84,11 @@ WRONG = [
     Wrong("section for a value", ("'bits'", "expected text"), ("bits.x=3",)),
     Wrong("key below a value", ("'model.x'", "not a section"), ("model.x=3",)),
     Wrong("text for a list", ("quantization.keep_float", "list", "'conv_in'"), ("quantization.keep_float=conv_in",)),
-    Wrong("unknown target", ("--target", "'onnx', 'ort-cpu', 'trt-rtx' or 'trt'", "'tpu'"), options={"target": "tpu"}),
+    Wrong(
+        "unknown target",
+        ("--target", "'onnx', 'ort-cpu', 'trt-rtx', 'trt' or 'openvino'", "'tpu'"),
+        options={"target": "tpu"},
+    ),
     Wrong("option out of range", ("--rows", "calibration.rows", "greater", "got 0"), options={"calibration.rows": 0}),
     Wrong("other schema", ("schema_version", "expected 1", "got 2"), ("schema_version=2",)),
     Wrong("no model", ("no model given", "-m"), options={"model": None}),

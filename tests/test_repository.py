@@ -58,11 +58,13 @@ IMPORT_RULES = (
     ImportRule("engines engines.*", f"numpy engines engines.* {CONTRACTS}", in_functions=ENGINE_VENDORS),
     # The one bridge between torch and ONNX.
     ImportRule("dmqexport.onnx_export", f"torch onnx onnx_ir onnxscript numpy passes.base {CONTRACTS}"),
+    # What a user's own code imports: torch, and nothing of ours.
+    ImportRule("dmqexport.adapter", "torch"),
     # Models sample the calibration set that `calib` consumes, and the bundled one is trained against its own metric.
     ImportRule(
         "dmqexport.models dmqexport.models.*",
         "torch numpy safetensors diffusers transformers tokenizers huggingface_hub rich"
-        f" dmqexport.models dmqexport.models.* dmqexport.report.retrieval calib.sampling {RECORDS}",
+        f" dmqexport.models dmqexport.models.* dmqexport.report.retrieval dmqexport.adapter calib.sampling {RECORDS}",
     ),
     # The report draws what it is given; it opens on machines without torch or ONNX.
     ImportRule(
@@ -84,7 +86,7 @@ IMPORT_RULES = (
     # The command line answers `--help` before anything heavy is loaded.
     ImportRule(
         "dmqexport.cli dmqexport.cli_* dmqexport.__main__",
-        f"typer rich dmqexport.cli_* {RECORDS}",
+        f"typer rich dmqexport.cli dmqexport.cli_* {RECORDS}",
         in_functions="dmqexport.* calib.* passes.* engines.*",
     ),
     # The parent of an ablation's processes: stays small, so that their peak memory is their own.

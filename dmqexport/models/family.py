@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from calib.sampling import timestep_keys
 from dmqexport.errors import ModelError
 from dmqexport.models.own_classes import model_class
 
@@ -206,6 +207,11 @@ def bind_call(family: Family, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 def _is_none(value: Any) -> bool:
     """Pipelines also pass dictionaries of nothing (`added_cond_kwargs`, `cross_attention_kwargs`)."""
     return value is None or (isinstance(value, Mapping) and all(_is_none(item) for item in value.values()))
+
+
+def table_keys(family: Family, timestep: Tensor) -> Tensor:
+    """int64 [batch], the keys of the timestep table for the family's timesteps."""
+    return timestep_keys(timestep, family.timestep_scale)
 
 
 def _spread(name: str, value: Any, batch: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmqexport import cli_ablate, cli_bundle, cli_models
+from dmqexport import cli_ablate, cli_bundle, cli_models, cli_reproduce
 from dmqexport.cli_log import Session, start_logging
 from dmqexport.cli_options import (
     AttentionOption,
@@ -380,6 +380,7 @@ def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
     try:
         code = app(prog_name="dmqexport", standalone_mode=False)
+    (cli_reproduce.verify_reproducible, "Build twice and compare byte for byte."),
         if code == _INTERRUPTED:  # some releases of typer return this instead of raising
             raise KeyboardInterrupt
         sys.stdout.flush()

@@ -81,8 +81,10 @@ def export_float_graph(
 def save_model(model: ir.Model, path: Path) -> None:
     """Save, with external data beside the graph when the initializers are large."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    external = f"{path.name}.data" if size > _INLINE_LIMIT else None
-    ir.save(model, path, external_data=external)
+    if size > _INLINE_LIMIT:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        ir.save(ir.external_data.load_to_model(model), path)  # what was read from beside another graph comes along
 
 
 def _annotate(model: ir.Model, layers: Mapping[str, nn.Module], wrapper: str) -> None:

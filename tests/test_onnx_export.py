@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from simulation_fixture import Wrapped, random_inputs, split_heads
 from torch import Tensor, nn
 
-from dmqexport.onnx_export import export_float_graph
+from dmqexport import onnx_export
+from dmqexport.onnx_export import export_float_graph, save_model
 from passes.bind import graph_attentions, graph_layers
 
 
@@ -141,3 +142,26 @@ def test_a_layer_that_runs_twice_exports_to_a_valid_graph(repeating: tuple[nn.Mo
 def test_the_matmuls_of_a_module_that_attends_twice_are_not_mixed(repeating: tuple[nn.Module, Path]) -> None:
     """The scores of one attention and the output of another are no pair; neither may be bound as if they were."""
     assert "attend" not in graph_attentions(ir.load(repeating[1]).graph)
+
+
+def test_a_graph_that_shrank_below_the_limit_takes_its_constants_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    weight, bias = np.ones(64, dtype=np.float32), np.arange(64, dtype=np.float32)
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[64] x) => (float[64] y) { s = Add(x, bias)
+        y = Mul(s, weight) }"""
+    model = ir.from_onnx_text(text)
+    for name, array in (("weight", weight), ("bias", bias)):
+        value = next(v for node in model.graph for v in node.inputs if v is not None and v.name == name)
+        value.const_value = ir.tensor(array, name=name)
+        model.graph.register_initializer(value)
+    (tmp_path / "float").mkdir()
+    (tmp_path / "small").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_export, "_INLINE_LIMIT", 100)
+        save_model(model, tmp_path / "float" / "model.onnx")
+    save_model(ir.load(tmp_path / "float" / "model.onnx"), tmp_path / "small" / "model.onnx")
+    assert (tmp_path / "float" / "model.onnx.data").is_file()
+    assert [path.name for path in (tmp_path / "small").iterdir()] == ["model.onnx"]
+    session = ort.InferenceSession(str(tmp_path / "small" / "model.onnx"))
+    assert np.array_equal(session.run(None, {"x": weight})[0], bias + 1)

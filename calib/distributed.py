@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _BEAT_SECONDS = 2.0
 _SILENT_SECONDS = 60.0  # a rank of another machine that has not been heard of for so long is dead
+_PRECEDENCE_SECONDS = 0.5
 _POLL_SECONDS = (0.002, 0.1)  # between two looks at the store: at first, at most
 _CONNECT = timedelta(minutes=5)
 _REDUCE = timedelta(minutes=30)  # ranks arrive at a sum within seconds of each other
@@ -149,6 +150,10 @@ class Group:
         text = error.message if isinstance(error, DmqExportError) else f"{type(error).__name__}: {error}"
         note = json.dumps({"rank": self.rank, "message": text, "cause": not isinstance(error, RankError)})
         with suppress(RuntimeError):
+            # What is wrong with the command fails on all ranks at once; rank 0 is the one to say so.
+            deadline = time.monotonic() + (_PRECEDENCE_SECONDS if self.rank else 0.0)
+            while time.monotonic() < deadline and not self._base.check(["failure"]):
+                time.sleep(_POLL_SECONDS[0])
             return bool(self._base.compare_set("failure", "", note) == note.encode())
         return True
 
@@ -190,7 +195,7 @@ class Group:
             failure = json.loads(self._base.get("failure"))
             if failure["rank"] != self.rank:
                 cause = f"stopped at {where}, because rank {failure['rank']} failed: " if failure["cause"] else ""
-                raise RankError(cause + failure["message"], hint=_KEPT)
+                raise RankError(cause + failure["message"], hint=_KEPT, rank=failure["rank"] or None)
         for rank in range(self.size):
             if rank != self.rank and not self._base.check([f"left/{rank}"]) and self._is_dead(rank):
                 self._raise_dead(rank, where)
@@ -216,6 +221,7 @@ class Group:
             f"rank {rank} of {self.size} (process {other['process']} on {other['machine'].split()[0]}) died without"
             f" a word; the others stopped at {where}",
             hint=_MEMORY + _KEPT,
+            rank=rank,
         )
 
     def _give_up(self, error: RuntimeError) -> None:
@@ -332,11 +338,12 @@ def _runs(process: int) -> bool:
     return state not in ("Z", "X")
 
 
-def sum_gradients(ranks: Ranks, parameters: Sequence[torch.nn.Parameter], loss: Tensor) -> float:
+def sum_gradients(ranks: Ranks, parameters: Sequence[torch.nn.Parameter], loss: Tensor, present: bool) -> float:
     """Replace the gradients of `parameters` by their sums over the ranks; returns the sum of `loss` (a scalar).
 
     Rows of a sparse gradient that no rank touched stay absent, so that their optimizer state is not moved. All ranks
-    must hold the same parameters, with gradients at the same ones.
+    must hold the same parameters, with gradients at the same ones; one without a share of its own in the batch is not
+    `present`, its gradients are zero and its rows do not count.
     """
     if ranks.size == 1:
         return float(loss.detach())
@@ -347,7 +354,7 @@ def sum_gradients(ranks: Ranks, parameters: Sequence[torch.nn.Parameter], loss: 
         assert gradient is not None
         if gradient.is_sparse:
             touched = torch.zeros(len(gradient))
-            touched[gradient.coalesce().indices()[0]] = 1
+            touched[gradient.coalesce().indices()[0]] = float(present)
             pieces += [touched, gradient.to_dense().flatten()]
         else:
             pieces.append(gradient.flatten())

@@ -1,6 +1,6 @@
 """Activation statistics per timestep row: weighted samples with exact extremes, bounded in memory and order-free."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,31 @@ class _Accumulator:
         self._moment = total if self._moment is None else self._moment + total
         self._count += len(tensor)
 
+    def state(self) -> dict[str, Tensor]:
+        """What was observed, to be saved and merged: see `merge`."""
+        found = {
+            "entries": torch.tensor(self._entries, dtype=torch.int64),
+            "rows": torch.tensor(self._rows_of, dtype=torch.int64),
+            "low": self._low,
+            "high": self._high,
+            "count": torch.tensor(self._count),
+        }
+        if self._values:
+            found |= {"values": torch.cat(self._values), "weights": self._weights}
+        return found if self._moment is None else {**found, "moment": self._moment}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what another accumulator of the same tensor observed in other entries."""
+        self._entries += state["entries"].tolist()
+        self._rows_of += state["rows"].tolist()
+        self._low, self._high = torch.minimum(self._low, state["low"]), torch.maximum(self._high, state["high"])
+        self._count += int(state["count"])
+        if "values" in state:
+            self._values.append(state["values"])
+            self._weights = state["weights"]
+        if "moment" in state:
+            self._moment = state["moment"] if self._moment is None else self._moment + state["moment"]
+
     def result(self) -> ActivationStatistics:
         """Merge what was observed, in entry order."""
         order = torch.argsort(torch.tensor(self._entries))
@@ -165,6 +190,48 @@ class Observer:
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, ActivationStatistics]:
         """Run the float denoiser over `calibration`; returns and keeps `statistics_`, forgetting any earlier ones."""
+        accumulators = self._observed(denoiser, calibration, run, batch_size, progress, None)
+        self.statistics_ = {key: part.result() for key, part in accumulators.items()}
+        return self.statistics_
+
+    def observe_part(
+        self,
+        denoiser: nn.Module,
+        calibration: CalibrationSet,
+        run: Callable[[dict[str, Tensor]], object],
+        batch_size: int,
+        batches: Collection[int],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """What `combine` needs of the batches of `calibration` with these numbers, tensors by `key|field`."""
+        accumulators = self._observed(denoiser, calibration, run, batch_size, progress, batches)
+        return {f"{key}|{field}": value for key, part in accumulators.items() for field, value in part.state().items()}
+
+    def combine(self, parts: Iterable[Mapping[str, Tensor]]) -> dict[str, ActivationStatistics]:
+        """`statistics_` from the parts that together hold every batch once; their order matters to the last bit."""
+        accumulators: dict[str, _Accumulator] = {}
+        for part in parts:
+            states: dict[str, dict[str, Tensor]] = {}
+            for name, tensor in part.items():
+                key, field = name.rsplit("|", 1)
+                states.setdefault(key, {})[field] = tensor
+            for key, state in states.items():
+                if key not in accumulators:
+                    accumulators[key] = _Accumulator(key, len(state["low"]), 0, frozenset(), self._seed)
+                accumulators[key].merge(state)
+        self.statistics_ = {key: accumulators[key].result() for key in sorted(accumulators)}
+        return self.statistics_
+
+    def _observed(
+        self,
+        denoiser: nn.Module,
+        calibration: CalibrationSet,
+        run: Callable[[dict[str, Tensor]], object],
+        batch_size: int,
+        progress: Callable[[int, int], None] | None,
+        batches: Collection[int] | None,
+    ) -> dict[str, _Accumulator]:
+        """Accumulators of every tensor after the batches with these numbers, None for all."""
         keep, sampled = self._sample_of(calibration)
         accumulators: dict[str, _Accumulator] = {}
         entries: list[int] = []
@@ -200,7 +267,9 @@ class Observer:
         unique = [layer for layer in self._found.layers if layer.source == layer.name]
         handles = [denoiser.get_submodule(layer.name).register_forward_pre_hook(layer_hook(layer)) for layer in unique]
         with removing(handles), torch.no_grad(), ModuleStack(denoiser) as stack:
-            for index, batch in calibration.batches(batch_size):
+            for number, (index, batch) in enumerate(calibration.batches(batch_size)):
+                if batches is not None and number not in batches:
+                    continue
                 entries[:] = index.tolist()
                 rows[:] = self._row_map[timesteps[index].clamp(0, self._row_map.numel() - 1)].tolist()
                 if self._attention:
@@ -210,8 +279,7 @@ class Observer:
                     run(batch)
                 if progress is not None:
                     progress(entries[-1] + 1, len(calibration))
-        self.statistics_ = {key: part.result() for key, part in accumulators.items()}
-        return self.statistics_
+        return accumulators
 
     def _sample_of(self, calibration: CalibrationSet) -> tuple[int, frozenset[int]]:
         """(values taken of an entry, the entries they are taken of): memory does not grow with the calibration set."""

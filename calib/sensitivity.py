@@ -21,6 +21,7 @@ from calib.quantizer import RowContext
 from calib.replay import Replay
 from calib.sampling import TIMESTEP, CalibrationSet
 from dmqexport.errors import CalibrationError
+from dmqexport.ranks import ALONE, Ranks, share
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 Progress = Callable[[int, int], None]
@@ -74,22 +75,47 @@ class Sensitivity:
 
 
 class Journal:
-    """Finished parts of a long measurement on disk, one JSON line each, so that a killed one goes on where it was."""
+    """Finished parts of a long measurement on disk, one JSON line each, so that a killed one goes on where it was.
 
-    def __init__(self, path: Path) -> None:
+    Every rank but the first writes a file of its own beside `path`; all read all, however many ranks there once were.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
         """Read what is there; a last line cut short by the kill is dropped."""
-        self._path = path
+        self._common, self._ranks = path, ranks
+        self._path = path.with_name(f"{path.stem}-{ranks.rank}{path.suffix}") if ranks.rank else path
         self._parts: dict[tuple[int, str], dict[str, float]] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+        self._read()
+
+    def _read(self) -> None:
+        others = self._common.parent.glob(f"{self._common.stem}-*{self._common.suffix}")
+        for path in [self._common, *sorted(others)]:
+            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
                 try:
                     part = json.loads(line)
                     self._parts[int(part["batch"]), str(part["layer"])] = part["values"]
                 except (ValueError, KeyError, TypeError):
                     continue
 
-    def __contains__(self, key: tuple[int, str]) -> bool:
-        return key in self._parts
+    def missing(self, batches: int, layers: Iterable[str]) -> dict[int, list[str]]:
+        """Batch → layers that this rank has to measure there. What is missing is shared batch by batch, layer by layer,
+        so that a rank visits as few batches as can be."""
+        named = list(layers)
+        wanted = [(batch, place) for batch in range(batches) for place, name in enumerate(named)]
+        lacking = [unit for unit in wanted if (unit[0], named[unit[1]]) not in self._parts]
+        # Rank 0 says what is missing: the others may already write.
+        agreed = json.loads(self._ranks.tell("sensitivity", json.dumps(lacking)))
+        found: dict[int, list[str]] = {}
+        for batch, place in share(self._ranks, agreed):
+            found.setdefault(batch, []).append(named[place])
+        return found
+
+    def finish(self, entries: int) -> Sensitivity:
+        """Wait for the other ranks; the mean over all batches, of `entries` entries together."""
+        self._ranks.meet("sensitivity")
+        if self._ranks.size > 1:
+            self._read()
+        return self.table(entries)
 
     def add(self, batch: int, layer: str, values: Mapping[WidthPair, float]) -> None:
         """Keep sums over the entries of `batch` with `layer` changed."""
@@ -119,21 +145,20 @@ def measure_exact(
     batch_size: int,
     journal: Path,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Sensitivity:
     """Swap each layer of `pairs` into the float denoiser at each of its pairs; returns mean distortions.
 
-    Finished (batch, layer) parts are read from `journal` and new ones appended. Raises CalibrationError when the
-    distortion is not finite.
+    Finished (batch, layer) parts are read from `journal` and new ones appended; `ranks` share the others. Raises
+    CalibrationError when the distortion is not finite.
     """
-    kept = Journal(journal)
+    kept = Journal(journal, ranks)
     context = RowContext(torch.from_numpy(candidates.row_map.copy()), timestep_scale=calibration.timestep_scale)
     batches = list(calibration.batches(batch_size))
-    total, done = len(batches) * len(pairs), 0
-    for number, (entries, inputs) in enumerate(batches):
-        missing = [name for name in pairs if (number, name) not in kept]
-        done += len(pairs) - len(missing)
-        if not missing:
-            continue
+    shared = kept.missing(len(batches), pairs)
+    total, done = sum(len(names) for names in shared.values()), 0
+    for number, missing in shared.items():
+        entries, inputs = batches[number]
         context.set_timestep(inputs[TIMESTEP], len(entries))
         replay = Replay(denoiser, partial(run, inputs))
         for name in missing:
@@ -150,7 +175,7 @@ def measure_exact(
             done += 1
             if progress is not None:
                 progress(done, total)
-    return kept.table(len(calibration))
+    return kept.finish(len(calibration))
 
 
 def _finite(value: float, name: str, pair: WidthPair) -> float:

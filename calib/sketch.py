@@ -22,6 +22,7 @@ from calib.quantizer import ActivationQuantizer, RowContext
 from calib.sampling import TIMESTEP, CalibrationSet
 from calib.sensitivity import Journal, Progress, Run, Sensitivity
 from dmqexport.errors import CalibrationError
+from dmqexport.ranks import ALONE, Ranks
 
 
 def measure_sketch(
@@ -36,22 +37,22 @@ def measure_sketch(
     seed: int,
     journal: Path,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Sensitivity:
     """Estimate the distortion of every layer at each of its `pairs` with `probes` backward passes a batch.
 
     `run` must build an autograd graph (no torch.no_grad inside); where it gives fewer outputs than it reads entries,
     neighbouring entries are judged together. Memory: the activations of one batch and `probes` gradients of each
-    layer's output. Finished (batch, layer) parts are read from `journal` and new ones appended.
+    layer's output. Finished (batch, layer) parts are read from `journal` and new ones appended; `ranks` share the
+    others.
     """
-    kept = Journal(journal)
+    kept = Journal(journal, ranks)
     context = RowContext(torch.from_numpy(candidates.row_map.copy()), timestep_scale=calibration.timestep_scale)
     batches = list(calibration.batches(batch_size))
-    total, done = len(batches) * len(pairs), 0
-    for number, (entries, inputs) in enumerate(batches):
-        missing = [name for name in pairs if (number, name) not in kept]
-        done += len(pairs) - len(missing)
-        if not missing:
-            continue
+    shared = kept.missing(len(batches), pairs)
+    total, done = sum(len(names) for names in shared.values()), 0
+    for number, missing in shared.items():
+        entries, inputs = batches[number]
         context.set_timestep(inputs[TIMESTEP], len(entries))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         read, gradients, outputs = _gradients(denoiser, missing, partial(run, inputs), metric, probes, generator)
@@ -64,7 +65,7 @@ def measure_sketch(
             done += 1
             if progress is not None:
                 progress(done, total)
-    return kept.table(len(calibration))
+    return kept.finish(len(calibration))
 
 
 def _gradients(

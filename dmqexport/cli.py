@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmqexport import cli_ablate, cli_bundle, cli_models, cli_reproduce
+from dmqexport import cli_ablate, cli_bundle, cli_models
 from dmqexport.cli_log import Session, start_logging
 from dmqexport.cli_options import (
     AttentionOption,
@@ -47,11 +47,13 @@ from dmqexport.cli_options import (
     WeightsOption,
     WorkOption,
 )
+from dmqexport.cli_ranks import joined_ranks, note_rank, share_stages, speaks
 from dmqexport.errors import (
     BackendMissingError,
     DmqExportError,
     GateError,
     PerformanceGateError,
+    RankError,
     RecipeError,
     ResourceError,
 )
@@ -87,6 +89,7 @@ app = typer.Typer(
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
@@ -100,8 +103,10 @@ def _root(
       dmqexport inspect out/emoji --layers
 
     The verbs calibrate, plan, train, export, compile and validate are the stages of build. Each runs what it needs
-    before it and shares the work folder with the others, so that nothing is computed twice.
+    before it and shares the work folder with the others, so that nothing is computed twice. Several processes share
+    the work of one: torchrun --nproc-per-node 8 -m dmqexport build ...
     """
+    note_rank(context.invoked_subcommand)
 
 
 def _folders(output: Path, work: Path | None) -> tuple[Path, Path]:
@@ -175,7 +180,8 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         }
         resolved = load_recipe(recipe, options, assignments or [])
         if dry_run:
-            print(resolved.to_yaml(), end="")
+            if Session.rank == 0:
+                print(resolved.to_yaml(), end="")
             return
         from dmqexport.bundle import check_replaceable
         from dmqexport.cli_console import console_reporter
@@ -183,13 +189,15 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
 
         bundle, folder = _folders(output, work)
         check_replaceable(bundle)
-        with console_reporter(quiet=quiet or as_json) as reporter:
-            workspace = Workspace(folder, reporter, resume=resume)
+        with joined_ranks() as ranks, console_reporter(quiet=quiet or as_json or ranks.rank > 0) as reporter:
+            workspace = Workspace(folder, reporter, resume=resume, ranks=ranks)
             Session.resumable = True
             try:
                 from dmqexport.pipeline import Build
 
-                action(Build(resolved, bundle, workspace), as_json)
+                build = Build(resolved, bundle, workspace)
+                if share_stages(build, name):
+                    action(build, as_json)
             finally:
                 workspace.close()
 
@@ -380,16 +388,18 @@ def main() -> None:
     """Entry point: turns errors into messages and exit codes."""
     try:
         code = app(prog_name="dmqexport", standalone_mode=False)
-    (cli_reproduce.verify_reproducible, "Build twice and compare byte for byte."),
         if code == _INTERRUPTED:  # some releases of typer return this instead of raising
             raise KeyboardInterrupt
         sys.stdout.flush()
     except DmqExportError as error:
         logger.info("details", exc_info=error)
+        if isinstance(error, RankError) and not speaks(error):
+            sys.exit(error.exit_code)
         _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         kept = "; finished stages are kept, the same command resumes" if Session.resumable else ""
-        print(f"interrupted{kept}", file=sys.stderr)
+        if Session.rank == 0:
+            print(f"interrupted{kept}", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         _closed_pipe()
@@ -429,7 +439,10 @@ def _unexpected(error: Exception) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    if Session.rank and not Session.resumable:
+        sys.exit(code)  # rank 0 finds the same fault in the command
+    who = f"rank {Session.rank}: " if Session.rank else ""
+    print(f"error: {who}{message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

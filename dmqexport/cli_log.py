@@ -9,6 +9,7 @@ class Session:
 
     verbose = False
     resumable = False
+    rank = 0  # of the processes that run this command together
 
 
 class _CurrentStderr(logging.Handler):
@@ -29,7 +30,7 @@ def start_logging(*, verbose: bool, quiet: bool = False) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if verbose else logging.ERROR)
-    ours = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    ours = logging.INFO if verbose else logging.ERROR if quiet or Session.rank else logging.WARNING
     for package in ("dmqexport", "calib", "passes", "engines"):
         logging.getLogger(package).setLevel(ours)
     for library in ("onnx_ir", "onnxscript", "torch", "diffusers", "transformers"):

@@ -74,6 +74,11 @@ class RankError(DmqExportError):
 
     exit_code = 5
 
+    def __init__(self, message: str, *, hint: str | None = None, rank: int | None = None) -> None:
+        """rank: the one that failed, None when that is not known or it has told the user itself."""
+        super().__init__(message, hint=hint)
+        self.rank = rank
+
 
 class BundleError(DmqExportError):
     """A bundle that is truncated, tampered with, or does not fit this machine."""

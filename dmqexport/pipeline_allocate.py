@@ -240,16 +240,17 @@ class Allocating(Drafting):
                 if recipe.sensitivity == "exact":
                     table = measure_exact(
                         self.model.denoiser, candidates, asked, self._entries, self._judged, metric, size, journal,
-                        progress,
+                        progress, self.workspace.ranks,
                     )  # fmt: skip
                 else:
                     table = measure_sketch(
                         self.model.denoiser, candidates, asked, self._entries, self._judged, metric, size,
-                        recipe.probes, self.recipe.seed, journal, progress,
+                        recipe.probes, self.recipe.seed, journal, progress, self.workspace.ranks,
                     )  # fmt: skip
-            table.save(folder / "sensitivity.json")
+            if self.workspace.ranks.rank == 0:
+                table.save(folder / "sensitivity.json")
 
-        return self.workspace.stage("sensitivity", key, build)
+        return self.workspace.stage("sensitivity", key, build, shared=True)
 
     @staticmethod
     def _measured_pairs(pairs: tuple[WidthPair, ...], separated: bool) -> tuple[WidthPair, ...]:

@@ -1,7 +1,7 @@
 """The first half of a build: load, trajectories, scaling, statistics, plan; each cached by what goes into it."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dmqexport
@@ -28,6 +29,7 @@ from dmqexport.errors import RecipeError
 from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_checks import check_recipe
+from dmqexport.pipeline_parts import Progress, chunks, make_parts
 from dmqexport.quant_plan import WEIGHT_CODES, Allocation, ChannelFold, QuantPlan, QuantWeights
 from dmqexport.quant_types import BitWidths
 from dmqexport.recipe import Recipe
@@ -60,6 +62,7 @@ _RANGE_ENTRIES = 320  # a range a step is a mean over the entries of that step
 _COMPENSATED = 0.5  # about what second-order rounding leaves of a weight's output error
 _SCALING_ENTRIES = 256  # channel extremes settle long before quantization ranges do
 _REFINE_ENTRIES = 2048  # second moments, of as many trajectories as there are
+_STATISTICS_PARTS = 32  # fixed: sums are added part by part
 _WHOLE_TRAJECTORIES = 64  # kept call by call; of more trajectories, as many calls in all
 _CALIBRATION_SEED = 1_000_000  # far from the seeds of evaluation pictures
 
@@ -165,22 +168,27 @@ class Calibration:
         stride = max(1, size // _WHOLE_TRAJECTORIES)
 
         def build(folder: Path) -> None:
-            parts = []
-            for done, part in self.sampled(size, self.calibration_prompts, self.calibration_seed):
-                parts.append(part.thinned(stride))
-                self.workspace.reporter.progress(done, size)
-            CalibrationSet.concatenate(parts).save(folder / "calibration.safetensors")
+            with self.workspace.partial("trajectories", key) as scratch:
+                progress = self.workspace.reporter.progress
+                parts = self.sampled(
+                    scratch, size, self.calibration_prompts, self.calibration_seed, stride,
+                    lambda done, total: progress(done * size // total, size),
+                )  # fmt: skip
+                if self.workspace.ranks.rank == 0:
+                    joined = CalibrationSet.concatenate([CalibrationSet.load(part) for part in parts])
+                    joined.save(folder / "calibration.safetensors")
 
-        return self.workspace.stage("trajectories", key, build)
+        return self.workspace.stage("trajectories", key, build, shared=True)
 
-    def sampled(self, count: int, prompts: Sequence[str], seed: int) -> Iterator[tuple[int, CalibrationSet]]:
-        """(trajectories done, the batch's calls) of `count` float trajectories from consecutive seeds.
-
-        Batch by batch, so that whoever keeps only some calls needs no more memory than those.
-        """
+    def sampled(
+        self, scratch: Path, count: int, prompts: Sequence[str], seed: int, stride: int, progress: Progress
+    ) -> list[Path]:
+        """Files of `count` float trajectories from consecutive seeds, of each every `stride`-th call; batch by batch,
+        each by one rank."""
         batch = self.recipe.calibration.batch_size
-        for start in range(0, count, batch):
-            stop = min(start + batch, count)
+
+        def make(number: int, path: Path) -> None:
+            start, stop = number * batch, min((number + 1) * batch, count)
             result = sample_images(
                 self.model,
                 list(prompts[start:stop]) or None,
@@ -191,7 +199,9 @@ class Calibration:
                 record=True,
             )
             assert result.calibration is not None
-            yield stop, result.calibration.renumbered(start)
+            result.calibration.renumbered(start).thinned(stride).save(path)
+
+        return make_parts(self.workspace.ranks, scratch, "trajectories", -(-count // batch), make, progress)
 
     @cached_property
     def calibration_set(self) -> CalibrationSet:
@@ -312,16 +322,21 @@ class Calibration:
                 recipe.quantization.attention_bits is not None,
                 self.scaling.factors,
             )
-            observer.observe(
-                self.model.denoiser,
-                self.calibration_set,
-                self._denoise,
-                recipe.calibration.batch_size,
-                self.workspace.reporter.progress,
-            )
-            save_statistics(folder / "statistics.safetensors", observer.statistics_)
+            data, batch = self.calibration_set, recipe.calibration.batch_size
+            pieces = chunks(-(-len(data) // batch), _STATISTICS_PARTS)
 
-        return self.workspace.stage("statistics", key, build)
+            def make(number: int, path: Path) -> None:
+                found = observer.observe_part(self.model.denoiser, data, self._denoise, batch, pieces[number])
+                save_file(found, str(path))
+
+            with self.workspace.partial("statistics", key) as scratch:
+                progress, ranks = self.workspace.reporter.progress, self.workspace.ranks
+                parts = make_parts(ranks, scratch, "statistics", len(pieces), make, progress)
+                if ranks.rank == 0:
+                    statistics = observer.combine(load_file(str(part)) for part in parts)
+                    save_statistics(folder / "statistics.safetensors", statistics)
+
+        return self.workspace.stage("statistics", key, build, shared=True)
 
     # plan
 

@@ -17,6 +17,7 @@ from calib.sampling import CalibrationSet
 from calib.trainable import Rates, TrainableModel, TrainOptions, trainable
 from dmqexport.errors import RecipeError
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.pipeline_parts import chunks, make_parts
 from dmqexport.pipeline_rows import RowAllocating
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
 from dmqexport.recipe_training import RatesRecipe
@@ -24,6 +25,7 @@ from dmqexport.workspace import StageRecord
 
 _TRAINING_SEED = 2_000_000  # far from those of calibration and of evaluation
 _WHOLE_TRAJECTORIES = 512  # kept call by call; of more trajectories, as many calls in all
+_TARGET_PARTS = 64
 _STATE = "state.safetensors"
 
 
@@ -47,21 +49,31 @@ class Training(RowAllocating):
         }
 
         def build(folder: Path) -> None:
-            progress, kept = self.workspace.reporter.progress, []
-            for start, part in self.sampled(count, prompts, _TRAINING_SEED + recipe.seed * 100_003):
-                kept.append(part.thinned(stride))
-                progress(start, 2 * count)
-            data = CalibrationSet.concatenate(kept)
-            data.save(folder / "calibration.safetensors")
-            targets = teacher_outputs(
-                data,
-                self._denoise,
-                2 * recipe.calibration.batch_size,
-                lambda done, total: progress(count + done * count // total, 2 * count),
-            )
-            save_file({"targets": targets}, str(folder / "targets.safetensors"))
+            progress, ranks = self.workspace.reporter.progress, self.workspace.ranks
+            seed = _TRAINING_SEED + recipe.seed * 100_003
+            with self.workspace.partial("training-set", key) as scratch:
+                parts = self.sampled(
+                    scratch, count, prompts, seed, stride, lambda done, total: progress(done, 2 * total)
+                )
+                data = CalibrationSet.concatenate([CalibrationSet.load(part) for part in parts])
+                batch = 2 * recipe.calibration.batch_size
+                pieces = chunks(-(-len(data) // batch), _TARGET_PARTS)
 
-        return self.workspace.stage("training-set", key, build)
+                def answer(number: int, path: Path) -> None:
+                    last = min(pieces[number].stop * batch, len(data))
+                    some = data.at(torch.arange(pieces[number].start * batch, last))
+                    save_file({"targets": teacher_outputs(some, self._denoise, batch)}, str(path))
+
+                answers = make_parts(
+                    ranks, scratch, "targets", len(pieces), answer,
+                    lambda done, total: progress(total + done, 2 * total),
+                )  # fmt: skip
+                if ranks.rank == 0:
+                    data.save(folder / "calibration.safetensors")
+                    targets = torch.cat([load_file(str(part))["targets"] for part in answers])
+                    save_file({"targets": targets}, str(folder / "targets.safetensors"))
+
+        return self.workspace.stage("training-set", key, build, shared=True)
 
     @cached_property
     def training_set(self) -> CalibrationSet:
@@ -116,12 +128,14 @@ class Training(RowAllocating):
                     seed=self.recipe.seed,
                     progress=self.workspace.reporter.progress,
                     units=self.model.family.blocks,
+                    ranks=self.workspace.ranks,
                 )
-                _save(model, folder)
-            document = [asdict(block) for block in result.blocks]
-            (folder / "blocks.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+                if self.workspace.ranks.rank == 0:
+                    _save(model, folder)
+                    document = [asdict(block) for block in result.blocks]
+                    (folder / "blocks.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
-        return self.workspace.stage("blocks", key, build)
+        return self.workspace.stage("blocks", key, build, shared=True)
 
     @cached_property
     def network_trained(self) -> StageRecord:

@@ -42,7 +42,7 @@ _CONTENTS = "stage.json"
 _FREE = "free space or choose another -o/--output or --work; finished stages are kept and the build resumes"
 _LITTLE = 2**24
 _CHOOSE = "choose another -o/--output or --work"
-_LEFT_BEHIND = re.compile(r"\.[a-z]+-[0-9a-f]{16}\.tmp-(\d+)")
+_LEFT_BEHIND = re.compile(r"\.[a-z-]+-[0-9a-f]{16}\.tmp-(\d+)")
 
 
 class Reporter(Protocol):

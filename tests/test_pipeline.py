@@ -245,12 +245,12 @@ _STUCK = """
 import sys, time
 from dmqexport.workspace import Workspace
 original = Workspace.stage
-def stage(self, name, key, build):
+def stage(self, name, key, build, **options):
     def stuck(folder):
         (folder / "half").write_bytes(b"x")
         print("stuck", flush=True)
         time.sleep(600)
-    return original(self, name, key, stuck if name == "export" else build)
+    return original(self, name, key, stuck if name == "export" else build, **options)
 Workspace.stage = stage
 from dmqexport.cli import main
 main()

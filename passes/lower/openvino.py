@@ -32,7 +32,8 @@ class LowerOpenVINO(ir.passes.InPlacePass):
     """Store the weights of layers with quantized activations as int8 without zero_point, or packed with the arithmetic
     that OpenVINO folds to that.
 
-    vnni=False also splits weights that could saturate. Weight-only layers and everything unplanned are not touched.
+    vnni=False also splits weights that could saturate, in graphs that were lowered with vnni=True too. Weight-only
+    layers and everything unplanned are not touched.
     """
 
     def __init__(self, plan: QuantPlan, *, vnni: bool) -> None:
@@ -48,16 +49,15 @@ class LowerOpenVINO(ir.passes.InPlacePass):
         for layer in self._plan.layers:
             for node, segment in zip(bindings.layers[layer.name].compute, layer.segments, strict=True):
                 dequantize = _dequantizer(node)
-                if segment.activation is None or dequantize is None or len(dequantize.inputs) < 3:
+                if segment.activation is None or dequantize is None:
                     continue
-                if constant_array(dequantize.inputs[0]) is None:
-                    continue
-                _without_zero_point(builder, dequantize)
+                if len(dequantize.inputs) > 2:
+                    _without_zero_point(builder, dequantize)
+                    modified = True
                 if not self._vnni:
-                    _split(builder, node, dequantize, layer.op is LayerOp.CONV)
+                    modified |= _split(builder, node, dequantize, layer.op is LayerOp.CONV)
                 if node.outputs[0].is_graph_output():
                     node.name = node.outputs[0].name  # as OpenVINO will call it, so that the proof finds it
-                modified = True
         if modified:
             model.graph.sort()
         return ir.passes.PassResult(model, modified)
@@ -99,11 +99,14 @@ def _without_zero_point(builder: Builder, dequantize: ir.Node) -> None:
     dequantize.resize_inputs(2)
 
 
-def _split(builder: Builder, node: ir.Node, dequantize: ir.Node, conv: bool) -> None:
-    """Compute y = x·(w//2) + x·(w − w//2) where w could saturate: twice the output channels, then one Add."""
+def _split(builder: Builder, node: ir.Node, dequantize: ir.Node, conv: bool) -> bool:
+    """Compute y = x·(w//2) + x·(w − w//2) where w could saturate: twice the output channels, then one Add.
+
+    Returns whether it could. Halves never do, so that a second run finds nothing to split.
+    """
     codes, scale = constant_array(dequantize.inputs[0]), constant_array(dequantize.inputs[1])
     if codes is None or scale is None or int(np.abs(codes.astype(np.int64)).max(initial=0)) <= _SAFE:
-        return
+        return False
     axis, label = (0 if conv else codes.ndim - 1), str(dequantize.name)
     groups = node.attributes["group"].as_int() if "group" in node.attributes else 1
     channels = np.arange(codes.shape[axis]).reshape(groups, -1)
@@ -137,6 +140,7 @@ def _split(builder: Builder, node: ir.Node, dequantize: ir.Node, conv: bool) -> 
     output.shape = None
     take_name(output, total.outputs[0], f"{name}/both")
     redirect(output, total.outputs[0], readers)
+    return True
 
 
 class VerifyOpenVINO(ir.passes.InPlacePass):

@@ -6,6 +6,7 @@ early layer would hide what a lowering did to a later one.
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -14,7 +15,9 @@ from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, 
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import QuantWeights
+from passes.base import constant_array
 from passes.lower.ort_cpu import FUSED_PRODUCT, LowerOrtCpu, may_saturate
+from passes.lower.portable import MakePortable
 from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
 from passes.pipelines import lower_ort_cpu, lower_tensorrt
 
@@ -69,6 +72,22 @@ def test_portable_weights_never_meet_the_saturating_kernel(deep: Exported, tmp_p
     for node in model.graph:
         if node.op_type == FUSED_PRODUCT and node.inputs[1] is not None and node.inputs[1].is_initializer():
             assert node.inputs[1].dtype == ir.DataType.UINT8
+
+
+def test_a_graph_for_vnni_becomes_the_portable_one(deep: Exported, tmp_path: Path) -> None:
+    """What a bundle keeps can be rebuilt for another CPU without the weights it was made from."""
+    plan = draw(deep, tmp_path, 2, bits=(8, 8))
+    lowering = lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=True)
+
+    def twice(model: ir.Model) -> None:
+        lowering(model)
+        assert MakePortable()(model).modified
+        assert not MakePortable()(model).modified
+        for node in model.graph:
+            if node.op_type == FUSED_PRODUCT and (weight := constant_array(node.inputs[1])) is not None:
+                assert weight.dtype == np.uint8 or np.abs(weight.astype(np.int64)).max() <= 64
+
+    assert compare(deep, plan, tmp_path / "codes", twice) <= 1e-5
 
 
 def test_tensorrt_weights_are_int8_with_an_explicit_zero(deep: Exported, tmp_path: Path) -> None:

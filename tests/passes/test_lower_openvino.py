@@ -163,6 +163,18 @@ def test_a_second_run_changes_nothing(deep: Exported, tmp_path: Path) -> None:
         assert LowerOpenVINO(plan, vnni=vnni)(model).modified is not vnni
 
 
+def test_a_graph_for_vnni_becomes_the_portable_one(deep: Exported, tmp_path: Path) -> None:
+    """What a bundle keeps can be rebuilt for another CPU without the weights it was made from."""
+    plan = draw(deep, tmp_path, 2, bits=(8, 8))
+    weights = QuantWeights(tmp_path / "codes")
+
+    def twice(model: ir.Model) -> None:
+        lower_openvino(plan, weights, vnni=True)(model)
+        assert LowerOpenVINO(plan, vnni=False)(model).modified
+
+    assert compare(deep, plan, tmp_path / "codes", twice) <= 1e-6
+
+
 def test_what_openvino_does_not_load_or_runs_in_float_is_refused(deep: Exported, tmp_path: Path) -> None:
     plan = draw(deep, tmp_path, 1, bits=(8, 8))
     model = canonical_graph(deep, plan, tmp_path / "codes")

@@ -1,0 +1,49 @@
+"""Integer products that are exact on every x86: for graphs of ONNX Runtime that were lowered for CPUs with VNNI."""
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from passes.base import Builder, constant_array
+
+#: Operator → positions of its weight and of the weight's zero_point.
+_OPERANDS = {
+    "MatMulIntegerToFloat": (1, 5),
+    "MatMulInteger": (1, 3),
+    "ConvInteger": (1, 3),
+    "QLinearMatMul": (3, 5),
+    "QLinearConv": (3, 5),
+}
+#: Largest magnitude at which no pair of u8 × s8 products passes 16 bits: 2 · 255 · 64 < 2^15.
+_SAFE = 64
+
+
+class MakePortable(ir.passes.InPlacePass):
+    """Shift signed weights that could saturate without VNNI to unsigned ones, whose products never do.
+
+    q and q + 128 with zero_point z and z + 128 are the same weight. Touches the constant int8 weights of integer
+    products, and only those with a magnitude above 64; packed weights of at most 4 bits never need it.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place; reports whether anything changed."""
+        builder = Builder(model.graph)
+        modified = False
+        for node in model.graph:
+            if node.op_type not in _OPERANDS:
+                continue
+            weight_at, zero_at = _OPERANDS[node.op_type]
+            codes = constant_array(node.inputs[weight_at])
+            if codes is None or codes.dtype != np.int8 or int(np.abs(codes.astype(np.int64)).max(initial=0)) <= _SAFE:
+                continue
+            zero = constant_array(node.inputs[zero_at]) if len(node.inputs) > zero_at else None
+            if zero is None:
+                zero = np.array(0, dtype=np.int8)
+            node.resize_inputs(max(len(node.inputs), zero_at + 1))
+            for position, values, end in ((weight_at, codes, "weight_u8"), (zero_at, zero, "weight_u8_zero")):
+                unsigned = (values.astype(np.int64) + 128).astype(np.uint8)
+                node.replace_input_with(position, builder.constant(unsigned, f"{node.name}/{end}", share=False))
+            modified = True
+        if modified:
+            RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)

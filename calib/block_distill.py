@@ -4,6 +4,9 @@ A block reads what the quantized blocks before it give (so it can mend their err
 block on the float prefix. Early on a sample takes the float prefix instead with probability one half, as in QDrop's
 spirit (arXiv:2203.05740), at the end never. Weights or their rounding, weight scales, activation tables, zero_points
 and biases move together; batches mix timesteps.
+
+Several ranks share the entries: each carries its own forward and answers for them in every batch, gradients are summed.
+The batches are those of one process, so that only the order of float sums differs.
 """
 
 import hashlib
@@ -22,9 +25,11 @@ from torch import Tensor, nn
 
 from calib.block_cache import BlockGraph, BlockStream, Run, TensorStore, gather, trace_blocks
 from calib.block_checkpoint import BlockCheckpoints, BlockScore
+from calib.distributed import sum_floats, sum_gradients
 from calib.sampling import CalibrationSet, seeded_generator
 from calib.trainable import TrainableModel
 from dmqexport.errors import CalibrationError
+from dmqexport.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +59,43 @@ class _Settings:
 
 
 @dataclass(frozen=True)
+class _Entries:
+    """The entries of one rank, in its own numbering. all_fitted, all_held: how many every rank together has to train
+    on and to judge by; held: this rank's of the latter; place: of every entry to train on, its number here, or -1."""
+
+    ranks: Ranks
+    data: CalibrationSet
+    all_fitted: int
+    all_held: int
+    held: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, data: CalibrationSet, held_out: int, seed: int, ranks: Ranks) -> "_Entries":
+        fitted, held = split_entries(data, held_out, seed)
+        fewest = min(len(fitted), len(held))
+        if fewest < ranks.size:
+            raise CalibrationError(
+                f"{ranks.size} processes share {len(fitted)} entries to train on and {len(held)} to judge by,"
+                " expected one each at least",
+                hint="start fewer processes, or raise training.blocks.entries and training.blocks.held_out",
+            )
+        own = torch.cat([entries[ranks.rank :: ranks.size] for entries in (fitted, held)]).sort().values
+        number = torch.full((len(data),), -1)
+        number[own] = torch.arange(len(own))
+        mine = number[held]
+        return cls(ranks, data.at(own), len(fitted), len(held), mine[mine >= 0], number[fitted])
+
+
+@dataclass(frozen=True)
 class _BlockData:
-    """What one block is trained on; tensors [entries, ...]. fitted and held: entries to train on and to judge by."""
+    """What one block is trained on; tensors [this rank's entries, ...]."""
 
     index: int
     float_inputs: Sequence[Tensor]
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
-    fitted: Tensor
-    held: Tensor
+    entries: _Entries
 
 
 def distill_blocks(
@@ -80,17 +113,19 @@ def distill_blocks(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     units: Collection[str] = (),
+    ranks: Ranks = ALONE,
 ) -> BlockDistillResult:
     """Train `model`, which `trainable` made of `denoiser`, block by block; all its roundings are fixed afterwards.
 
     iterations: per block; held_out: entries (whole trajectories) nothing is trained on, each block is judged by them
     and keeps its earlier parameters when training made it worse; mix_until: share of the iterations that mix float and
     quantized inputs; max_ram: bytes of cached tensors held in memory, None for no bound; scratch: folder of the blocks
-    finished so far, from which a killed run goes on, and of tensors beyond max_ram; units: as `find_blocks`. Raises
-    CalibrationError when a layer belongs to no block, or no entries are left to train on.
+    finished so far, from which a killed run goes on, and of tensors beyond max_ram; units: as `find_blocks`; ranks:
+    processes that do this together on equal models, max_ram being for all of them. Raises CalibrationError when a layer
+    belongs to no block, or no entries are left to train on; RankError when another rank failed.
     """
     settings = _Settings(iterations, batch_size, mix_until, seed)
-    fitted, held = split_entries(data, held_out, seed)
+    entries = _Entries.of(data, held_out, seed, ranks)
     with _float_layers(denoiser, model):
         graph = trace_blocks(denoiser, data, run, list(model.layers), units)
     trained = [index for index, block in enumerate(graph.blocks) if block.layers]
@@ -98,8 +133,10 @@ def distill_blocks(
     checkpoints = BlockCheckpoints(scratch, _key(model, data, graph, settings, held_out))
     scores = _resume(model, graph, trained, checkpoints)
     ticker = _Ticker(graph, trained, iterations, progress)
-    store = TensorStore(max_ram, scratch)
-    streams = {name: BlockStream(denoiser, graph, data, run, batch_size, store) for name in ("float", "quantized")}
+    store = TensorStore(None if max_ram is None else max_ram // ranks.size, scratch)
+    streams = {
+        name: BlockStream(denoiser, graph, entries.data, run, batch_size, store) for name in ("float", "quantized")
+    }
     start = trained[len(scores)] if len(scores) < len(trained) else None
     if scores and start is not None:
         with _float_layers(denoiser, model):
@@ -116,11 +153,12 @@ def distill_blocks(
             inputs, outputs = streams["quantized"].compute(index, keep_inputs=False)
         else:
             inputs = streams["quantized"].inputs(index)
-            found = _BlockData(index, float_inputs, inputs, targets, fitted, held)
+            found = _BlockData(index, float_inputs, inputs, targets, entries)
             earlier = {layer for before in graph.blocks[:index] for layer in before.layers}
-            trainer = _BlockTrainer(denoiser, model, data, graph, found, settings, earlier)
+            trainer = _BlockTrainer(denoiser, model, graph, found, settings, earlier)
             score = trainer.train(partial(ticker.report, index), began)
-            checkpoints.save(len(scores), score, trainer.state())
+            if ranks.rank == 0:
+                checkpoints.save(len(scores), score, trainer.state())
             scores.append(score)
             logger.info(
                 "block %d of %d, %s: error %.3g, was %.3g, of a power of %.3g; %.0f s",
@@ -163,13 +201,13 @@ class _BlockTrainer:
         self,
         denoiser: nn.Module,
         model: TrainableModel,
-        data: CalibrationSet,
         graph: BlockGraph,
         found: _BlockData,
         settings: _Settings,
         earlier: set[str],
     ) -> None:
-        self._model, self._timesteps, self._found, self._settings = model, data.timesteps, found, settings
+        self._model, self._found, self._settings = model, found, settings
+        self._entries, self._ranks, self._timesteps = found.entries, found.entries.ranks, found.entries.data.timesteps
         self._block = graph.blocks[found.index]
         self._inputs, self._outputs = graph.inputs[found.index], graph.outputs[found.index]
         self._module = denoiser.get_submodule(self._block.name)
@@ -184,7 +222,9 @@ class _BlockTrainer:
     def train(self, progress: Callable[[int], None], began: float) -> BlockScore:
         """Train, harden, measure; the better of before and after stays."""
         model, found = self._model, self._found
-        power = sum(float(tensor[found.held].square().mean()) for tensor in found.targets)
+        held = self._entries.held
+        power = sum(float(tensor[held].square().mean()) for tensor in found.targets) * len(held)
+        power = sum_floats(self._ranks, power)[0] / self._entries.all_held
         initial = self.state()
         model.harden(self._names)
         before = self._measure()
@@ -216,7 +256,7 @@ class _BlockTrainer:
         self._model.context.set_timestep(self._timesteps[entries], len(entries))
 
     def _iterate(self, unit: float, progress: Callable[[int], None]) -> None:
-        settings, model, fitted = self._settings, self._model, self._found.fitted
+        settings, model, place = self._settings, self._model, self._entries.place
         optimizer = model.optimizer(self._names, settings.iterations)
         held = [
             (table, kind, model.tables.rows_of(table, kind).clone())
@@ -225,29 +265,39 @@ class _BlockTrainer:
         ]
         generator = seeded_generator(settings.seed, "block", self._block.name)
         order = np.zeros(0, dtype=np.int64)
-        size = min(settings.batch_size, len(fitted))
+        size = min(settings.batch_size, len(place))
         for iteration in range(settings.iterations):
             done = iteration / settings.iterations
             if len(order) < size:
-                order = generator.permutation(len(fitted))
-            entries, order = fitted[torch.from_numpy(order[:size].copy())], order[size:]
+                order = generator.permutation(len(place))
+            entries, order = place[torch.from_numpy(order[:size].copy())], order[size:]
             from_float = torch.from_numpy(generator.random(size) < (_FLOAT_SHARE if done < settings.mix_until else 0.0))
-            loss = self._error(entries, from_float) / unit
+            loss = self._share(entries, from_float) / unit
             if self._variables and done >= _ROUNDING_REST:
                 hardness = (done - _ROUNDING_REST) / (1 - _ROUNDING_REST)
-                loss = loss + _ROUNDING_PUSH * model.regularizer(hardness, self._names) / self._variables
+                push = _ROUNDING_PUSH * model.regularizer(hardness, self._names) / self._variables
+                loss = loss + push / self._ranks.size
             if not loss.requires_grad:
                 break  # nothing of this block is trained
-            if not bool(torch.isfinite(loss)):
-                logger.warning("block %s: training diverged; its earlier parameters are kept", self._block.name)
-                break
             optimizer.zero_grad()
             torch.autograd.backward(loss)
+            present = bool((entries >= 0).any())
+            if not math.isfinite(sum_gradients(self._ranks, optimizer.parameters, loss, present)):
+                logger.warning("block %s: training diverged; its earlier parameters are kept", self._block.name)
+                break
             optimizer.step()
             for table, kind, values in held:
                 model.tables.set_rows(table, kind, values)
             progress(iteration + 1)
         progress(settings.iterations)
+
+    def _share(self, places: Tensor, from_float: Tensor) -> Tensor:
+        """What this rank's entries of a batch add to the batch's mean error; places: -1 for those of other ranks."""
+        own = places >= 0
+        if bool(own.any()):
+            return self._error(places[own], from_float[own]) * (int(own.sum()) / len(places))
+        # It must have gradients at the same parameters as the others, though they be zero.
+        return self._error(self._entries.place[self._entries.place >= 0][:1]) * 0.0
 
     def _error(self, entries: Tensor, from_float: Tensor | None = None) -> Tensor:
         """Mean squared error of the block's output, summed over its tensors."""
@@ -267,10 +317,11 @@ class _BlockTrainer:
     @torch.no_grad()
     def _measure(self) -> float:
         """The error on held-out entries behind the quantized prefix; infinite when it is no number."""
-        held, size = self._found.held, self._settings.batch_size
+        held, size = self._entries.held, self._settings.batch_size
         self._model.forget()
         parts = [held[start : start + size] for start in range(0, len(held), size)]
-        total = sum(float(self._error(part)) * len(part) for part in parts) / len(held)
+        total = sum(float(self._error(part)) * len(part) for part in parts)
+        total = sum_floats(self._ranks, total)[0] / self._entries.all_held
         return total if math.isfinite(total) else math.inf
 
 

@@ -32,6 +32,11 @@ class StepOptimizer:
             if listed:
                 self._optimizers.append(kind(listed))
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained, in one order."""
+        return [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
+
     def state(self) -> dict[str, Any]:
         """Everything needed to go on later, tensors and numbers only."""
         return {"done": self._done, "optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}

@@ -147,6 +147,23 @@ def test_a_failed_observation_leaves_no_hook(denoiser: nn.Module, found: ProbeRe
         assert not module._forward_hooks
 
 
+@pytest.mark.parametrize("cut", [(), (1,), (2, 3, 4)])
+def test_parts_of_the_batches_make_the_whole(denoiser: nn.Module, found: ProbeResult, cut: tuple[int, ...]) -> None:
+    """Whoever observes which batches: put together in order, they say what one observer says."""
+    calibration = random_calibration(20)
+    whole = observe(denoiser, found, calibration, samples=64)
+    observer = Observer(found, equal_groups(TIMESTEPS, 5), 64, seed=0, attention=True)
+    parts = [
+        observer.observe_part(denoiser, calibration, lambda inputs: denoiser(**inputs), 4, range(*ends))
+        for ends in zip((0, *cut), (*cut, 5), strict=True)
+    ]
+    statistics = observer.combine(parts)
+    assert statistics.keys() == whole.keys()
+    for key, part in statistics.items():
+        for field in FIELDS:
+            torch.testing.assert_close(getattr(part, field), getattr(whole[key], field), rtol=0, atol=0)
+
+
 def test_a_second_observation_forgets_the_first(denoiser: nn.Module, found: ProbeResult) -> None:
     observer = Observer(found, equal_groups(TIMESTEPS, 5), 256, seed=0, attention=False)
     first = random_calibration(20, seed=1)

@@ -1,5 +1,6 @@
 """Sensitivities of a small denoiser: exact ones against whole forwards, sketched ones against exact ones."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from calib_fixture import TIMESTEPS, ParallelDenoiser, random_calibration, run_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import together
 from torch import Tensor
 
 from calib.candidates import Candidates, WidthPair
@@ -21,6 +23,7 @@ from calib.sensitivity import Sensitivity, candidate_pairs, measure_exact, rank_
 from calib.sketch import measure_sketch
 from calib.timestep_table import equal_groups
 from dmqexport.errors import CalibrationError
+from dmqexport.ranks import ALONE, Ranks
 
 WIDTHS = (2, 4, 8)
 PAIRS = candidate_pairs(WIDTHS, WIDTHS, separated=True)
@@ -46,16 +49,16 @@ class Prepared:
         output: Tensor = self.denoiser(**inputs)
         return output
 
-    def exact(self, journal: Path, batch_size: int = 8) -> Sensitivity:
+    def exact(self, journal: Path, batch_size: int = 8, ranks: Ranks = ALONE) -> Sensitivity:
         pairs = dict.fromkeys(self.names, PAIRS)
         return measure_exact(
-            self.denoiser, self.candidates, pairs, self.entries, self.run, METRIC, batch_size, journal
+            self.denoiser, self.candidates, pairs, self.entries, self.run, METRIC, batch_size, journal, ranks=ranks
         )  # fmt: skip
 
-    def sketch(self, journal: Path, probes: int) -> Sensitivity:
+    def sketch(self, journal: Path, probes: int, ranks: Ranks = ALONE) -> Sensitivity:
         pairs = dict.fromkeys(self.names, PAIRS)
         return measure_sketch(
-            self.denoiser, self.candidates, pairs, self.entries, self.run, METRIC, 8, probes, 0, journal
+            self.denoiser, self.candidates, pairs, self.entries, self.run, METRIC, 8, probes, 0, journal, ranks=ranks
         )  # fmt: skip
 
 
@@ -126,6 +129,29 @@ def test_a_killed_measurement_goes_on_where_it_was_and_ends_the_same(
     )
     assert measure(tmp_path / "cut") == whole
     assert set(measured) == set(prepared.names[-2:])
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketch"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_measure_what_one_process_does_to_the_last_bit(
+    prepared: Prepared, tmp_path: Path, kind: str, size: int
+) -> None:
+    def measure(journal: Path, ranks: Ranks = ALONE) -> Sensitivity:
+        own = copy.copy(prepared)
+        own.denoiser = copy.deepcopy(prepared.denoiser)
+        return own.exact(journal, 4, ranks) if kind == "exact" else own.sketch(journal, 2, ranks)
+
+    alone = measure(tmp_path / "alone")
+    assert together(size, lambda ranks: measure(tmp_path / "shared", ranks)) == [alone] * size
+    # Each measured its share and no more, and a single process goes on with what is left of it.
+    files = sorted(tmp_path.glob("shared*"))
+    lines = [file.read_text().splitlines() for file in files]
+    batches = 4 if kind == "exact" else 2
+    assert len(files) == size
+    assert sum(map(len, lines)) == batches * len(prepared.names)
+    assert max(map(len, lines)) - min(map(len, lines)) <= 1
+    files[-1].unlink()
+    assert measure(tmp_path / "shared") == alone
 
 
 def test_measuring_leaves_the_denoiser_as_it_was(prepared: Prepared, tmp_path: Path) -> None:

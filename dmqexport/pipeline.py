@@ -75,15 +75,11 @@ class Build(Training):
             export_float_graph(
                 wrapped,
                 self.model.example_inputs(batch=2),
-                folder / "exported.onnx",
+                folder / "float.onnx",
                 wrapper="" if wrapped is denoiser else "denoiser",
                 dynamic_axes=family.dynamic_axes,
+                simplify=lambda model: _rewrite(model, float_cleanup()),
             )
-            model = ir.load(folder / "exported.onnx")
-            _rewrite(model, float_cleanup())
-            save_model(model, folder / "float.onnx")
-            for path in folder.glob("exported.onnx*"):
-                path.unlink()
 
         return self.workspace.stage("export", key, build)
 

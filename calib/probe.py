@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -109,12 +110,31 @@ class AttentionMode(TorchFunctionMode):
 AttentionFunction = Callable[[str, Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
-class _ConcatMode(TorchFunctionMode):
-    """Remembers the channel sizes of every channel concat, and keeps the tensors alive so that memory is not reused."""
+class _Identities:
+    """Tells whether two tensors hold the same values, without keeping either: memory that is freed and taken again is
+    another one."""
 
     def __init__(self) -> None:
+        self._serial: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._count = 0
+
+    def of(self, tensor: Tensor) -> tuple[Any, ...]:
+        """Equal for two tensors of one memory, with the same order and count of in-place changes."""
+        storage = tensor.untyped_storage()
+        if storage not in self._serial:
+            self._count += 1
+            self._serial[storage] = self._count
+        place = self._serial[storage], tensor.storage_offset()
+        return *place, tuple(tensor.shape), tensor.stride(), tensor._version
+
+
+class _ConcatMode(TorchFunctionMode):
+    """Remembers the channel sizes of every channel concat."""
+
+    def __init__(self, identities: _Identities) -> None:
         super().__init__()
-        self.concats: dict[tuple[Any, ...], tuple[Tensor, tuple[int, ...]]] = {}
+        self._identities = identities
+        self.concats: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -124,7 +144,7 @@ class _ConcatMode(TorchFunctionMode):
             dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
             parts = args[0] if args else (kwargs or {})["tensors"]
             if result.ndim == 4 and dim in (1, -3):
-                self.concats[_identity(result)] = (result, tuple(int(part.shape[1]) for part in parts))
+                self.concats[self._identities.of(result)] = tuple(int(part.shape[1]) for part in parts)
         return result
 
 
@@ -134,21 +154,22 @@ def probe(denoiser: nn.Module, run: Callable[[int], Any]) -> ProbeResult:
     `run(index)` must run one forward; index 0 and 1 must differ in timestep and sample and in nothing else, so that a
     tensor equal in both does not depend on the timestep. Raises CalibrationError when nothing quantizable ran.
     """
-    inputs: list[dict[str, Tensor]] = [{}, {}]
-    shapes: dict[str, tuple[Tensor, Tensor]] = {}
+    checksums: list[dict[str, int]] = [{}, {}]
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
     attentions: list[str] = []
     unsupported: dict[str, str] = {}
-    concat_mode = _ConcatMode()
+    known = _Identities()
+    concat_mode = _ConcatMode(known)
     calls: dict[str, int] = {}
     identities: dict[str, tuple[Any, ...]] = {}
     attended: dict[str, int] = {}
 
     def observe(name: str, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[index][name] = args[0]
+            checksums[index][name] = int(torch.hash_tensor(args[0].contiguous()).view(torch.int64))
             if index == 0:
-                identities[name] = _identity(args[0])
-                shapes[name] = (args[0], output)
+                identities[name] = known.of(args[0])
+                shapes[name] = (args[0].shape, output.shape)
                 calls[name] = calls.get(name, 0) + 1
 
         return hook
@@ -188,7 +209,7 @@ def probe(denoiser: nn.Module, run: Callable[[int], Any]) -> ProbeResult:
     repeated = [name for name, count in calls.items() if count > 1]
     for name in repeated:
         unsupported[name] = f"called {calls[name]} times in one forward: its uses may need different ranges"
-    layers = _layers(denoiser, names, shapes, inputs, identities, concat_mode, set(repeated))
+    layers = _layers(denoiser, names, shapes, checksums, identities, concat_mode, set(repeated))
     if not layers:
         raise CalibrationError("the model has no Conv2d or Linear that ran: nothing to quantize")
     return ProbeResult(tuple(layers), tuple(attentions), unsupported)
@@ -197,45 +218,40 @@ def probe(denoiser: nn.Module, run: Callable[[int], Any]) -> ProbeResult:
 def _layers(
     denoiser: nn.Module,
     names: Mapping[str, LayerOp],
-    shapes: Mapping[str, tuple[Tensor, Tensor]],
-    inputs: list[dict[str, Tensor]],
+    shapes: Mapping[str, tuple[torch.Size, torch.Size]],
+    checksums: list[dict[str, int]],
     identities: Mapping[str, tuple[Any, ...]],
     concat_mode: _ConcatMode,
     skip: set[str],
 ) -> list[LayerInfo]:
     first_reader: dict[tuple[Any, ...], str] = {}
     layers = []
-    for name, (tensor, output) in shapes.items():
+    for name, (shape, output) in shapes.items():
         if name in skip:
             continue
         weight = denoiser.get_submodule(name).get_parameter("weight")
-        channels = int(tensor.shape[1] if names[name] is LayerOp.CONV else tensor.shape[-1])
+        channels = int(shape[1] if names[name] is LayerOp.CONV else shape[-1])
         segments: tuple[tuple[int, int], ...] = ((0, channels),)
         module = denoiser.get_submodule(name)
         grouped = isinstance(module, nn.Conv2d) and module.groups != 1
         identity = identities[name]
         if identity in concat_mode.concats and not grouped and names[name] is LayerOp.CONV:
-            sizes = concat_mode.concats[identity][1]
+            sizes = concat_mode.concats[identity]
             edges = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
             segments = tuple(pairwise(edges))
-        positions = output.numel() // output.shape[0] // weight.shape[0]
+        positions = output.numel() // output[0] // weight.shape[0]
         layers.append(
             LayerInfo(
                 name=name,
                 op=names[name],
                 segments=segments,
                 source=first_reader.setdefault((identity, segments), name),
-                timestep_dependent=not torch.equal(inputs[0][name], inputs[1][name]),
+                timestep_dependent=checksums[0][name] != checksums[1][name],
                 parameters=weight.numel(),
                 macs=positions * weight.numel(),
             )
         )
     return layers
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Two live tensors with this key hold the same values: same memory, same order, same count of in-place changes."""
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version
 
 
 @contextmanager

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from calib.quantizer import simulate
 from dmqexport.errors import DmqExportError, RecipeError
+from dmqexport.memory_watch import own_peak_bytes
 from dmqexport.models.sampling import sample_images, set_denoiser
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_validate import Array, Validation, sqnr_db
 from dmqexport.recipe import Recipe
 from dmqexport.report.ablation import save_strip
-from dmqexport.workspace import SilentReporter, StageRecord, Workspace, peak_rss_bytes
+from dmqexport.workspace import SilentReporter, StageRecord, Workspace
 
 SHOWN_PICTURES = 8
 _NOISE_VERSION = 1
@@ -55,7 +56,7 @@ class Judge:
         key = {
             "version": _NOISE_VERSION,
             "reference": validation.referenced.fingerprint,
-            "entries": validation.recipe.entries,
+            "entries": validation.size.entries,
             "seed": build.recipe.seed,
         }
 
@@ -71,7 +72,7 @@ class Judge:
         with torch.no_grad():
             parts = [
                 build.model.family.call(denoiser, inputs)
-                for _, inputs in entries.batches(self.validation.recipe.batch_size)
+                for _, inputs in entries.batches(self.validation.size.batch_size)
             ]
         return torch.cat(parts)
 
@@ -93,7 +94,7 @@ class Judge:
                 reference.seeds,
                 steps=build.steps,
                 guidance=build.guidance,
-                batch_size=validation.recipe.batch_size,
+                batch_size=validation.size.batch_size,
             ).images
         finally:
             set_denoiser(pipeline, original)
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str]) -> int:
     except DmqExportError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    document["process_peak_rss_bytes"] = peak_rss_bytes()
+    document["process_peak_rss_bytes"] = own_peak_bytes()
     result = Path(job["result"])
     partial = result.with_name(result.name + ".partial")
     partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

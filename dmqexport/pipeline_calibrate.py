@@ -1,6 +1,5 @@
-"""The first half of a build: load, trajectories, scaling, statistics, plan; each cached by what goes into it."""
+"""The first half of a build: trajectories, scaling, statistics, plan; each cached by what goes into it."""
 
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
@@ -24,17 +23,12 @@ from calib.sampling import TIMESTEP, CalibrationSet
 from calib.second_order import refinable, refine_weights
 from calib.step_ranges import step_ranges
 from calib.timestep_table import CLUSTER, PER_STEP, clustered, equal_groups, per_step, used_rows
-from dmqexport.bundle import is_replaceable
-from dmqexport.errors import RecipeError
-from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.models.sampling import sample_images
-from dmqexport.pipeline_checks import check_recipe
+from dmqexport.pipeline_load import Loading
 from dmqexport.pipeline_parts import Progress, chunks, make_parts
 from dmqexport.quant_plan import WEIGHT_CODES, Allocation, ChannelFold, QuantPlan, QuantWeights
 from dmqexport.quant_types import BitWidths
-from dmqexport.recipe import Recipe
-from dmqexport.target import PROFILES
-from dmqexport.workspace import StageRecord, Workspace, content_key
+from dmqexport.workspace import StageRecord, content_key
 
 #: Raise a stage's number when its result changes for the same inputs, so that old work folders are not reused.
 STAGE_VERSIONS = {
@@ -67,84 +61,8 @@ _WHOLE_TRAJECTORIES = 64  # kept call by call; of more trajectories, as many cal
 _CALIBRATION_SEED = 1_000_000  # far from the seeds of evaluation pictures
 
 
-class Calibration:
+class Calibration(Loading):
     """From a recipe to its QuantPlan. Every stage is a property: asking for one runs what it needs, once."""
-
-    def __init__(self, recipe: Recipe, output: Path, workspace: Workspace) -> None:
-        """Raises RecipeError when `output` holds something that is not a bundle."""
-        if not is_replaceable(output):
-            raise RecipeError(
-                f"{output} exists and is not a dmqexport bundle; nothing was touched",
-                hint="choose another -o/--output, or remove the folder yourself",
-            )
-        self.recipe = recipe
-        self.output = output
-        self.workspace = workspace
-
-    @property
-    def profile(self) -> Any:
-        """The target's profile."""
-        return PROFILES[self.recipe.target]
-
-    # load
-
-    @cached_property
-    def model(self) -> LoadedModel:
-        """The float model."""
-        reporter, start = self.workspace.reporter, time.perf_counter()
-        reporter.started("load")
-        sampling = self.recipe.sampling
-        loaded = load_model(
-            self.recipe.model,
-            scheduler=sampling.scheduler,
-            revision=self.recipe.revision,
-            variant=self.recipe.variant,
-            embeddings=self.recipe.calibration.embeddings,
-            weights=self.recipe.weights,
-            size=sampling.latent_size,
-            loras=self.recipe.lora,
-        )
-        check_recipe(self.recipe, loaded)
-        reporter.finished("load", time.perf_counter() - start, False)
-        return loaded
-
-    @property
-    def denoiser_config(self) -> dict[str, Any]:
-        """What the bundle says of the denoiser."""
-        return self.model.denoiser_config
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps."""
-        return self.recipe.sampling.steps or self.model.default_steps
-
-    @property
-    def guidance(self) -> float:
-        """Guidance scale."""
-        chosen = self.recipe.sampling.guidance
-        return self.model.default_guidance if chosen is None else chosen
-
-    @cached_property
-    def calibration_prompts(self) -> tuple[str, ...]:
-        """One prompt a calibration trajectory (repeated when there are fewer); empty for unconditional models."""
-        return self.prompts_for(self.recipe.calibration.size)
-
-    def prompts_for(self, count: int) -> tuple[str, ...]:
-        """`count` prompts of calibration's, repeated when there are fewer; empty for unconditional models."""
-        path = self.recipe.calibration.prompts
-        # The last ones of the model's own are for evaluation.
-        own = self.model.default_prompts
-        kept = len(own) - self.recipe.validation.images
-        prompts = own[:kept] if kept >= len(own) // 2 else own
-        if path is not None:
-            try:
-                lines = Path(path).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise RecipeError(f"calibration prompts {path} cannot be read: {error}") from error
-            prompts = tuple(line.strip() for line in lines if line.strip())
-            if not prompts:
-                raise RecipeError(f"calibration prompts {path}: no line with text")
-        return tuple(prompts[index % len(prompts)] for index in range(count)) if prompts else ()
 
     # calibrate
 
@@ -185,7 +103,7 @@ class Calibration:
     ) -> list[Path]:
         """Files of `count` float trajectories from consecutive seeds, of each every `stride`-th call; batch by batch,
         each by one rank."""
-        batch = self.recipe.calibration.batch_size
+        batch = self.batch_size
 
         def make(number: int, path: Path) -> None:
             start, stop = number * batch, min((number + 1) * batch, count)
@@ -221,7 +139,7 @@ class Calibration:
                 self.probe_result,
                 self.calibration_set.subset(_RANGE_ENTRIES, self.recipe.seed),
                 self._denoise,
-                calibration.batch_size,
+                self.batch_size,
             )
             return clustered(total, steps, features, calibration.rows)
         return used_rows(equal_groups(total, calibration.rows), used)
@@ -253,7 +171,7 @@ class Calibration:
                 row_map,
                 self.calibration_set.subset(_SCALING_ENTRIES, recipe.seed),
                 self._denoise,
-                recipe.calibration.batch_size,
+                self.batch_size,
                 settings,
                 recipe.seed,
                 self.workspace.reporter.progress,
@@ -322,7 +240,7 @@ class Calibration:
                 recipe.quantization.attention_bits is not None,
                 self.scaling.factors,
             )
-            data, batch = self.calibration_set, recipe.calibration.batch_size
+            data, batch = self.calibration_set, self.batch_size
             pieces = chunks(-(-len(data) // batch), _STATISTICS_PARTS)
 
             def make(number: int, path: Path) -> None:
@@ -397,9 +315,10 @@ class Calibration:
                     QuantWeights(folder / WEIGHT_CODES),
                     self.calibration_set.subset(_REFINE_ENTRIES, recipe.seed),
                     self._denoise,
-                    recipe.calibration.batch_size,
+                    self.batch_size,
                     recipe.seed,
                     reporter.progress,
+                    self.working_bytes // 2,
                 )
                 QuantWeights.save(folder / WEIGHT_CODES, codes)
             replace(plan, scaling=self.scaling.record, allocation=self.allocation_of(plan)).save(folder)

@@ -74,7 +74,7 @@ class Drafting(Calibration):
     @property
     def _batch_size(self) -> int:
         """Of whole calls."""
-        return max(1, self.recipe.calibration.batch_size // self._halves) * self._halves
+        return max(1, self.batch_size // self._halves) * self._halves
 
     @cached_property
     def _halves(self) -> int:

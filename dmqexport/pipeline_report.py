@@ -87,15 +87,7 @@ class ReportBuilder:
             "gates": self.gates,
             "engine": self._engine(),
             "polygraphy": self._polygraphy(),
-            "stages": [
-                {
-                    "name": record.name,
-                    "seconds": record.seconds,
-                    "cached": record.cached,
-                    "peak_rss_bytes": record.peak_rss_bytes,
-                }
-                for record in build.workspace.records
-            ],
+            "stages": self._stages(),
             "environment": environment(),
             "images": {
                 "prompts": self.validation.reference.prompts[:_GRID_PICTURES],
@@ -106,6 +98,25 @@ class ReportBuilder:
             "suggestions": self._suggestions(layers),
             "notes": notes,
         }
+
+    def _stages(self) -> list[dict[str, Any]]:
+        """Each stage once, with what it cost when it was built, whichever run that was."""
+        records = {record.path: record for record in reversed(self.build.workspace.records)}
+        plain = next((record for record in records.values() if record.name == "trajectories"), None)
+        a_sample = None
+        if plain is not None and plain.forwards and plain.built_seconds is not None:
+            a_sample = plain.built_seconds / plain.forwards  # nothing but the sampler runs beside the model there
+        return [
+            {
+                "name": record.name,
+                "seconds": record.seconds if record.built_seconds is None else record.built_seconds,
+                "cpu_seconds": record.cpu_seconds,
+                "forward_seconds": None if a_sample is None or not record.forwards else record.forwards * a_sample,
+                "cached": record.cached,
+                "peak_rss_bytes": record.built_peak_rss_bytes,
+            }
+            for record in reversed(records.values())
+        ]
 
     def _allocation(self) -> dict[str, Any]:
         """How the bits were chosen, and the Pareto sweep where the recipe asks for one."""

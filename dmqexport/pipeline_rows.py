@@ -82,7 +82,7 @@ class RowAllocating(Allocating):
         pairs = torch.cat([pairs[called == step][:_ENTRIES] for step in range(int(called.max()) + 1)])
         index = pairs.flatten()
         chosen = data.at(index)
-        size = self.recipe.calibration.batch_size
+        size = self.batch_size
         exact = teacher_outputs(chosen, self._denoise, size)
         draft, codes = QuantPlan.load(self.drafted.path), QuantWeights(self.drafted.path / WEIGHT_CODES)
         statistics = load_statistics(self.calibrated.path / "statistics.safetensors")

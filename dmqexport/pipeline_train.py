@@ -56,7 +56,7 @@ class Training(RowAllocating):
                     scratch, count, prompts, seed, stride, lambda done, total: progress(done, 2 * total)
                 )
                 data = CalibrationSet.concatenate([CalibrationSet.load(part) for part in parts])
-                batch = 2 * recipe.calibration.batch_size
+                batch = 2 * self.batch_size
                 pieces = chunks(-(-len(data) // batch), _TARGET_PARTS)
 
                 def answer(number: int, path: Path) -> None:

@@ -1,8 +1,9 @@
 """Judge the deployed graph against the float graph: layer by layer, timestep by timestep, picture by picture."""
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from calib.sampling import CalibrationSet
 from dmqexport.models import emoji
 from dmqexport.models.picture_features import DIMENSION, EXTRACTOR, picture_features
 from dmqexport.models.sampling import sample_images, set_denoiser
-from dmqexport.onnx_export import save_model
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.pipeline_size import ValidationSize, validation_size
 from dmqexport.report.document import CAP_DB
 from dmqexport.report.frechet import enough_pictures, fit_gaussian, frechet_distance
 from dmqexport.report.retrieval import retrieval_accuracy
@@ -52,6 +53,13 @@ class Validation:
         self.build = build
         self.recipe = build.recipe.validation
 
+    @cached_property
+    def size(self) -> ValidationSize:
+        """What is judged, and how much of it at once."""
+        build = self.build
+        halves = 2 if build.guidance > 1 else 1
+        return validation_size(self.recipe, build.footprint, build.steps * halves, build.working_bytes)
+
     # Float reference
 
     @property
@@ -63,7 +71,7 @@ class Validation:
     @cached_property
     def prompts_and_seeds(self) -> tuple[list[str], list[int]]:
         """Evaluation prompts (empty for unconditional models) and seeds, disjoint from calibration's."""
-        count, seed = self.recipe.images, self.build.recipe.seed
+        count, seed = self.size.images, self.build.recipe.seed
         if self.judges_retrieval:
             rows = emoji.retrieval_indices(max(self.recipe.retrieval, count))
             captions = emoji.captions()
@@ -76,12 +84,12 @@ class Validation:
     @cached_property
     def referenced(self) -> StageRecord:
         """Float pictures and trajectory points, cached for every bit width."""
-        build, recipe = self.build, self.recipe
+        build, size = self.build, self.size
         prompts, seeds = self.prompts_and_seeds
-        key = {**build.base_key("reference"), "prompts": prompts, "seeds": seeds, "recorded": recipe.images}
+        key = {**build.base_key("reference"), "prompts": prompts, "seeds": seeds, "recorded": size.images}
 
         def run(folder: Path) -> None:
-            first = min(recipe.images, len(seeds))
+            first = min(size.images, len(seeds))
             images = []
             for start, stop, record in ((0, first, True), (first, len(seeds), False)):
                 if stop <= start:
@@ -92,7 +100,7 @@ class Validation:
                     seeds[start:stop],
                     steps=build.steps,
                     guidance=build.guidance,
-                    batch_size=recipe.batch_size,
+                    batch_size=min(size.batch_size, build.batch_size),
                     record=record,
                     progress=_offset(build, start, len(seeds)),
                 )
@@ -108,7 +116,7 @@ class Validation:
         """What the float model does."""
         folder = self.referenced.path
         entries = CalibrationSet.load(folder / "entries.safetensors")
-        subset = entries.subset(self.recipe.entries, self.build.recipe.seed)
+        subset = entries.subset(self.size.entries, self.build.recipe.seed)
         return Evaluation(*self.prompts_and_seeds, np.load(folder / "images.npy"), subset)
 
     # Deployed graph
@@ -119,13 +127,14 @@ class Validation:
         engine = self.build.compiled.engine if self.build.recipe.target is Target.OPENVINO else None
         return self._open(self.build.deployed_graph) if engine is None else open_ir(engine.parent)
 
-    def _open(self, graph: Path) -> Runner:
-        """A form of the deployed graph in the target's runtime."""
+    def _open(self, graph: Path, config: Mapping[str, str] | None = None) -> Runner:
+        """A form of the deployed graph in the target's runtime; config: of ONNX Runtime's session."""
         target = self.build.recipe.target
         if target is Target.OPENVINO:
             return OpenVinoRunner(graph, device=self.build.recipe.lowering.openvino_device)
         # Fusions of Q/DQ graphs may saturate on some CPUs; only the graph lowered for this runtime may use them.
-        return OrtRunner(graph, optimization=Optimization.FAST if target is Target.ORT_CPU else Optimization.REFERENCE)
+        level = Optimization.FAST if target is Target.ORT_CPU else Optimization.REFERENCE
+        return OrtRunner(graph, optimization=level, config=config)
 
     @cached_property
     def measured(self) -> StageRecord:
@@ -136,6 +145,7 @@ class Validation:
             "passes": build.passed.fingerprint,
             "reference": self.referenced.fingerprint,
             "validation": recipe.model_dump(mode="json", exclude={"gates", "latency_batch", "latency_runs"}),
+            "size": asdict(self.size),
             "seed": build.recipe.seed,
         }
         if build.recipe.target is Target.OPENVINO:
@@ -168,25 +178,18 @@ class Validation:
 
     def _predicted_noise(self, entries: CalibrationSet) -> dict[str, Any]:
         """SQNR of the deployed graph's output over all entries and by timestep, and its distance to canonical."""
-        float_runner = OrtRunner(self.build.float_graph)
-        canonical = OrtRunner(self.build.canonical_graph, optimization=Optimization.REFERENCE)
-        size = self.recipe.batch_size
-        signal: list[Array] = []
-        noise: list[Array] = []
-        apart: list[Array] = []
-        largest = peak = 0.0
-        for index, inputs in _mixed_batches(entries, size):
-            expected, actual, exact = (_single(runner, inputs) for runner in (float_runner, self.runner, canonical))
-            axes = tuple(range(1, expected.ndim))
-            signal.append((expected.astype(np.float64) ** 2).sum(axis=axes))
-            noise.append(((actual - expected).astype(np.float64) ** 2).sum(axis=axes))
-            apart.append(((actual - exact).astype(np.float64) ** 2).sum(axis=axes))
-            largest = max(largest, float(np.abs(actual - exact).max()))
-            peak = max(peak, float(np.abs(exact).max()))
-            self.build.workspace.reporter.progress(int(index), len(entries))
+        # One after the other: three sessions at once hold a large model three times.
+        expected = self._answers(lambda: OrtRunner(self.build.float_graph), entries, 0)
+        exact = self._answers(
+            lambda: OrtRunner(self.build.canonical_graph, optimization=Optimization.REFERENCE), entries, 1
+        )
+        actual = self._answers(lambda: self.runner, entries, 2)
+        axes = tuple(range(1, expected.ndim))
+        all_signal = (expected.astype(np.float64) ** 2).sum(axis=axes)
+        all_noise = ((actual - expected).astype(np.float64) ** 2).sum(axis=axes)
+        apart = actual - exact
         order = _mixed_order(entries)
         timesteps = entries.timesteps.numpy()[order]
-        all_signal, all_noise = np.concatenate(signal), np.concatenate(noise)
         row_map = self.build.plan.row_map
         by_timestep = [
             {
@@ -200,9 +203,24 @@ class Validation:
         return {
             "eps_sqnr_db": sqnr_db(all_signal.sum(), all_noise.sum()),
             "by_timestep": by_timestep,
-            "canonical_max_rel_error": largest / max(peak, 1e-30),
-            "canonical_sqnr_db": sqnr_db(all_signal.sum(), np.concatenate(apart).sum()),
+            "canonical_max_rel_error": float(np.abs(apart).max()) / max(float(np.abs(exact).max()), 1e-30),
+            "canonical_sqnr_db": sqnr_db(all_signal.sum(), (apart.astype(np.float64) ** 2).sum()),
         }
+
+    def _answers(self, open_graph: Callable[[], Runner], entries: CalibrationSet, part: int) -> Array:
+        """float32 [entries, ...] of one graph in the fixed mixed order; the graph is closed again. part: of three."""
+        runner, found = open_graph(), []
+        for index, inputs in _mixed_batches(entries, self.size.batch_size):
+            found.append(_single(runner, inputs))
+            self.build.workspace.reporter.progress(part * len(entries) + int(index), 3 * len(entries))
+        return np.concatenate(found)
+
+    @property
+    def _lean(self) -> dict[str, str]:
+        """Session options that keep the weights of a large model in their file, where two sessions are open at once."""
+        footprint = self.build.footprint
+        large = footprint is not None and 4 * footprint.parameters > self.build.working_bytes
+        return {"session.disable_prepacking": "1"} if large else {}
 
     def _layers(self, entries: CalibrationSet) -> dict[str, Any]:
         """SQNR of every layer's output, in all and by row, from the graphs' own intermediate values."""
@@ -211,23 +229,23 @@ class Validation:
         plan = self.build.plan
         wanted = {layer.name: names[layer.name] for layer in plan.layers}
         tapped = {}
-        folder = self.build.workspace.root
         for label, source in (("float", self.build.float_graph), ("deployed", self.build.deployed_graph)):
             model = ir.load(source)
             TapOutputs(wanted.values())(model)
-            path = folder / f".tap-{label}-{self.build.passed.fingerprint[:16]}.onnx"
-            save_model(model, path)
-            tapped[label] = path
+            # Beside the graph it is of: weights that lie outside the graph are shared, not copied.
+            tapped[label] = source.with_name(f".tap-{os.getpid()}-{label}.onnx")
+            ir.save(model, tapped[label])
         try:
-            float_runner = OrtRunner(tapped["float"])
-            deployed = self._open(tapped["deployed"])
+            level = Optimization.REFERENCE if self._lean else Optimization.FAST
+            float_runner = OrtRunner(tapped["float"], optimization=level, config=self._lean)
+            deployed = self._open(tapped["deployed"], self._lean)
             rows = np.asarray(plan.row_map)[entries.timesteps.numpy()]
-            chosen = _spread_over_rows(rows, self.recipe.layer_entries)
+            chosen = _spread_over_rows(rows, self.size.layer_entries)
             signal = {name: np.zeros(plan.rows) for name in wanted}
             noise = {name: np.zeros(plan.rows) for name in wanted}
             outputs = sorted(set(wanted.values()))
-            for start in range(0, len(chosen), self.recipe.batch_size):
-                index = chosen[start : start + self.recipe.batch_size]
+            for start in range(0, len(chosen), self.size.layer_batch):
+                index = chosen[start : start + self.size.layer_batch]
                 inputs = _arrays(entries, torch.from_numpy(index))
                 expected, actual = float_runner.run(inputs, outputs), deployed.run(inputs, outputs)
                 for name, value in wanted.items():
@@ -238,7 +256,6 @@ class Validation:
         finally:
             for path in tapped.values():
                 path.unlink(missing_ok=True)
-                path.with_name(path.name + ".data").unlink(missing_ok=True)
         return {
             name: {
                 "sqnr_db": sqnr_db(signal[name].sum(), noise[name].sum()),
@@ -264,7 +281,7 @@ class Validation:
                 reference.seeds,
                 steps=build.steps,
                 guidance=build.guidance,
-                batch_size=self.recipe.batch_size,
+                batch_size=self.size.batch_size,
                 progress=build.workspace.reporter.progress,
             )
         finally:
@@ -303,7 +320,7 @@ class Validation:
     def judges_frechet(self) -> bool:
         """Whether there are a training set, features and enough pictures for Fréchet distances."""
         wanted = self.judges_retrieval and self.recipe.frechet
-        return wanted and enough_pictures(max(self.recipe.retrieval, self.recipe.images), DIMENSION)
+        return wanted and enough_pictures(max(self.recipe.retrieval, self.size.images), DIMENSION)
 
     def _frechet(self, reference: Evaluation, images: Array) -> dict[str, Any]:
         """Distance of both models' pictures to the training set, and of the quantized model's to the float model's."""

@@ -131,12 +131,18 @@ class GatesRecipe(Section):
 class ValidationRecipe(Section):
     """How the deployed graph is judged."""
 
-    images: int = Field(default=16, ge=1, description="pictures compared with the float model's, same seeds")
+    images: int | None = Field(
+        default=None, ge=1, description="pictures compared with the float model's, same seeds; null: 16, or fewer"
+    )
     retrieval: int = Field(default=200, ge=0, le=1355, description="captions of the retrieval metric (bundled model)")
     frechet: bool = Field(default=True, description="Fréchet distances, over the pictures of the retrieval metric")
-    entries: int = Field(default=400, ge=1, description="trajectory points whose predicted noise is compared")
-    layer_entries: int = Field(default=40, ge=1, description="trajectory points whose layer outputs are compared")
-    batch_size: int = Field(default=16, ge=1)
+    entries: int | None = Field(
+        default=None, ge=1, description="trajectory points whose predicted noise is compared; null: 400, or fewer"
+    )
+    layer_entries: int | None = Field(
+        default=None, ge=1, description="trajectory points whose layer outputs are compared; null: 40, or fewer"
+    )
+    batch_size: int = Field(default=16, ge=1, description="at most; large models take smaller ones")
     latency_batch: int = Field(default=8, ge=1)
     latency_runs: int = Field(default=20, ge=3)
     gates: GatesRecipe = GatesRecipe()

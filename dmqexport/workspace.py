@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dmqexport.errors import CalibrationError, ResourceError
+from dmqexport.memory_watch import MemoryWatch, resident_bytes
 from dmqexport.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ class StageRecord:
     """One finished stage: where its files lie and what it cost.
 
     seconds, peak_rss_bytes: of this call, so next to nothing for a reused stage. built_seconds, built_peak_rss_bytes:
-    of the run that made the files; None for stages of older versions.
+    of the run that made the files; None for stages of older versions. cpu_seconds: processor time of that run, its
+    child processes included. forwards: samples that the float denoiser answered in it.
     """
 
     name: str
@@ -90,6 +91,8 @@ class StageRecord:
     peak_rss_bytes: int
     built_seconds: float | None = None
     built_peak_rss_bytes: int | None = None
+    cpu_seconds: float | None = None
+    forwards: int | None = None
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -113,6 +116,7 @@ class Workspace:
         self.reporter = reporter
         self.records: list[StageRecord] = []
         self.ranks = ranks
+        self.forwards = 0
         self._resume = resume
         writable_folder(root)
         if ranks.rank == 0:
@@ -166,19 +170,31 @@ class Workspace:
                 self.ranks = everyone
             everyone.meet(name)
         seconds = time.perf_counter() - start
-        record = StageRecord(name, final, fingerprint, seconds, cached, peak_rss_bytes(), *_built(final))
+        built = _built(final)
+        peak = resident_bytes(os.getpid()) if cached else built.get("peak_rss_bytes", 0)
+        record = StageRecord(
+            name, final, fingerprint, seconds, cached, peak,
+            *(built.get(field) for field in ("seconds", "peak_rss_bytes", "cpu_seconds", "forwards")),
+        )  # fmt: skip
         self.records.append(record)
         self.reporter.finished(name, record.seconds, cached)
         return record
 
-    @staticmethod
-    def _build(temporary: Path, final: Path, build: Callable[[Path], None], start: float) -> None:
+    def _build(self, temporary: Path, final: Path, build: Callable[[Path], None], start: float) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            build(temporary)
+            forwards, cpu = self.forwards, _cpu_seconds()
+            with MemoryWatch() as watch:
+                build(temporary)
             _ordinary_modes(temporary)
-            _write_contents(temporary, time.perf_counter() - start)
+            cost = {
+                "seconds": time.perf_counter() - start,
+                "cpu_seconds": _cpu_seconds() - cpu,
+                "peak_rss_bytes": watch.peak_bytes,
+                "forwards": self.forwards - forwards,
+            }
+            _write_contents(temporary, cost)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         finally:
@@ -209,16 +225,22 @@ class Workspace:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_contents(folder: Path, seconds: float) -> None:
+def _write_contents(folder: Path, cost: Mapping[str, float]) -> None:
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
-    document = {"files": sizes, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+    document = {"files": sizes, **cost}
     (folder / _CONTENTS).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _built(folder: Path) -> tuple[float | None, int | None]:
-    """(seconds, peak of the resident set) of the run that finished the stage."""
-    document = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
-    return document.get("seconds"), document.get("peak_rss_bytes")
+def _built(folder: Path) -> dict[str, Any]:
+    """What the run that finished the stage cost, and its files."""
+    document: dict[str, Any] = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
+    return document
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of the children that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _undamaged(folder: Path) -> bool:
@@ -254,11 +276,6 @@ def _alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far (Linux counts KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def writable_folder(path: Path) -> None:

@@ -40,7 +40,7 @@ CONTRACTS = "dmqexport.errors dmqexport.quant_types dmqexport.quant_plan dmqexpo
 # Above the contracts, still no stage and no framework: what a user writes and what lies on disk.
 RECORDS = (
     "dmqexport dmqexport.recipe dmqexport.recipe_* dmqexport.recipes dmqexport.byte_size dmqexport.bundle"
-    f" dmqexport.workspace {CONTRACTS}"
+    f" dmqexport.workspace dmqexport.memory_watch {CONTRACTS}"
 )
 
 ENGINE_VENDORS = "onnxruntime openvino tensorrt tensorrt_rtx polygraphy onnx onnx_graphsurgeon"

@@ -1,6 +1,5 @@
 """`DiTTransformer2DModel`: class-conditional transformers over latent patches (DiT)."""
 
-
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError

@@ -1,6 +1,5 @@
 """`PixArtTransformer2DModel`: text-to-image transformers with cross-attention over masked T5 vectors (PixArt)."""
 
-
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError

@@ -1,6 +1,5 @@
 """`SD3Transformer2DModel`: multimodal diffusion transformers with flow matching (Stable Diffusion 3 and 3.5)."""
 
-
 from torch import Tensor, nn
 
 from dmqexport.models.family import Config, DiffusersFamily

@@ -1,6 +1,5 @@
 """`UNet2DModel`: pixel- or latent-space UNets without text (DDPM, DDIM, LDM), unconditional or of classes."""
 
-
 from torch import Tensor, nn
 
 from dmqexport.errors import ModelError

@@ -194,10 +194,16 @@ class PolygraphyResult(_Part):
 
 
 class Stage(_Part):
-    """Cost of one stage of the build."""
+    """Cost of one stage of the build, of the run that finished it; cached: that was an earlier one.
+
+    cpu_seconds: processor time, all threads and child processes. forward_seconds: what of `seconds` the float model's
+    own evaluations took. peak_rss_bytes: with child processes.
+    """
 
     name: str
     seconds: NonNegative | None = None
+    cpu_seconds: NonNegative | None = None
+    forward_seconds: NonNegative | None = None
     cached: bool = False
     peak_rss_bytes: Count | None = None
 

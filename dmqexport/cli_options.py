@@ -53,7 +53,11 @@ SizeOption = Annotated[
 ]
 MaxRamOption = Annotated[
     str | None,
-    typer.Option("--max-ram", metavar="SIZE", help="Cached tensors of training held in memory, e.g. 2GiB; rest: disk."),
+    typer.Option("--max-ram", metavar="SIZE", help="Resident memory to keep to, e.g. 14GiB; refused if it cannot do."),
+]
+MaxDiskOption = Annotated[
+    str | None,
+    typer.Option("--max-disk", metavar="SIZE", help="Disk for work and bundle, e.g. 20GiB; refused if it cannot do."),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of everything random. Default 0.")]
 MixedOption = Annotated[
@@ -91,7 +95,9 @@ WeightsOption = Annotated[
 ]
 WorkOption = Annotated[Path | None, typer.Option("--work", metavar="FOLDER", help="Work folder, instead of -o's.")]
 ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Reuse finished stages, or do all anew.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and what a build will take, and stop.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Log details, and tracebacks of errors.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors and the result.")]

@@ -318,7 +318,7 @@ class Calibration(Loading):
                     self.batch_size,
                     recipe.seed,
                     reporter.progress,
-                    self.working_bytes // 2,
+                    3 * self.working_bytes // 2,
                 )
                 QuantWeights.save(folder / WEIGHT_CODES, codes)
             replace(plan, scaling=self.scaling.record, allocation=self.allocation_of(plan)).save(folder)

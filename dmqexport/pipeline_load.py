@@ -13,7 +13,8 @@ from dmqexport.errors import ModelError, RecipeError
 from dmqexport.models.footprint import Footprint, measure_footprint
 from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.pipeline_checks import check_recipe
-from dmqexport.pipeline_size import WORKING_BYTES, batch_within
+from dmqexport.pipeline_limits import working_bytes
+from dmqexport.pipeline_size import batch_within
 from dmqexport.recipe import Recipe
 from dmqexport.target import PROFILES
 from dmqexport.workspace import Workspace
@@ -45,6 +46,7 @@ class Loading:
     @cached_property
     def model(self) -> LoadedModel:
         """The float model."""
+        _ = self.working_bytes  # refused before anything is loaded, rather than hours into it
         reporter, start = self.workspace.reporter, time.perf_counter()
         reporter.started("load")
         sampling = self.recipe.sampling
@@ -88,10 +90,13 @@ class Loading:
         """Samples that calibration runs at once: what the recipe says, or fewer where that would not fit."""
         return batch_within(self.recipe.calibration.batch_size, self.footprint, self.working_bytes)
 
-    @property
+    @cached_property
     def working_bytes(self) -> int:
-        """Memory for activations and moments, beside the weights."""
-        return WORKING_BYTES
+        """Memory for activations and moments, beside the weights.
+
+        Raises ResourceError when --max-ram or --max-disk cannot be kept to.
+        """
+        return working_bytes(self.recipe)
 
     @property
     def steps(self) -> int:

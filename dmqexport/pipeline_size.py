@@ -7,9 +7,9 @@ from dmqexport.recipe_sections import ValidationRecipe
 
 #: Working memory for activations and moments where the recipe sets no limit.
 WORKING_BYTES = 2 * 2**30
-_TORCH_SHARE = 3  # measured ÷ counted memory of a forward: the allocator keeps freed blocks, hooks make copies
-_GRAPH_SHARE = 2
-_JUDGED_MACS = 4e12  # of each measure where the recipe names no number: minutes on two cores
+TORCH_SHARE = 3  # measured ÷ counted memory of a forward: the allocator keeps freed blocks, hooks make copies
+GRAPH_SHARE = 2
+_JUDGED_MACS = 2e12  # of each measure where the recipe names no number: minutes on two cores
 _IMAGES, _ENTRIES, _LAYER_ENTRIES = 16, 400, 40
 
 
@@ -31,7 +31,7 @@ def batch_within(most: int, footprint: Footprint | None, memory: int = WORKING_B
     """Samples at once, at most `most`, that a forward of torch fits into `memory` bytes."""
     if footprint is None:
         return most
-    return max(1, min(most, memory // (_TORCH_SHARE * footprint.live_bytes)))
+    return max(1, min(most, memory // (TORCH_SHARE * footprint.live_bytes)))
 
 
 def validation_size(
@@ -59,7 +59,7 @@ def validation_size(
         images=images,
         entries=entries,
         layer_entries=layer_entries,
-        batch_size=at_once(_GRAPH_SHARE * live),
-        layer_batch=at_once(_GRAPH_SHARE * live + 2 * kept),
+        batch_size=at_once(GRAPH_SHARE * live),
+        layer_batch=at_once(GRAPH_SHARE * live + 2 * kept),
         reduced=large and (images < _IMAGES or entries < _ENTRIES or layer_entries < _LAYER_ENTRIES),
     )

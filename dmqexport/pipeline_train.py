@@ -123,7 +123,7 @@ class Training(RowAllocating):
                     batch_size=blocks.batch_size,
                     held_out=blocks.held_out,
                     mix_until=blocks.mix_until,
-                    max_ram=training.max_ram_bytes,
+                    max_ram=training.max_ram_bytes or (self.working_bytes if self.recipe.max_ram else None),
                     scratch=scratch,
                     seed=self.recipe.seed,
                     progress=self.workspace.reporter.progress,

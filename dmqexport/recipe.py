@@ -3,12 +3,13 @@
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from dmqexport import recipes
+from dmqexport.byte_size import parse_bytes
 from dmqexport.errors import RecipeError
 from dmqexport.quant_types import BitWidths
 from dmqexport.recipe_allocation import AllocationRecipe
@@ -22,6 +23,7 @@ from dmqexport.recipe_sections import (
     ScalingRecipe,
     Section,
     ValidationRecipe,
+    size_named,
 )
 from dmqexport.recipe_training import TrainingRecipe
 from dmqexport.target import Target
@@ -58,7 +60,8 @@ OPTIONS = {
     "sampling.scheduler": "--scheduler",
     "calibration.prompts": "--calib-prompts",
     "calibration.size": "--calib-size",
-    "training.max_ram": "--max-ram",
+    "max_ram": "--max-ram",
+    "max_disk": "--max-disk",
     "calibration.rows": "--rows",
     "quantization.attention_bits": "--attention-bits",
     "allocation.mixed": "--mixed",
@@ -81,6 +84,12 @@ class Recipe(Section):
     bits: str = "w8a8"
     target: Target = Target.ORT_CPU
     seed: int = Field(default=0, ge=0, lt=2**31)
+    max_ram: Annotated[str | None, size_named("'max_ram' (--max-ram)")] = Field(
+        default=None, description="resident memory, e.g. 14GiB; a build keeps to it, or does not start"
+    )
+    max_disk: Annotated[str | None, size_named("'max_disk' (--max-disk)")] = Field(
+        default=None, description="of work folder and bundle; a build that would need more does not start"
+    )
     sampling: SamplingRecipe = SamplingRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     quantization: QuantizationRecipe = QuantizationRecipe()
@@ -98,6 +107,16 @@ class Recipe(Section):
         except RecipeError as error:
             where = "" if repr(value) in error.message else f"bits {value!r}: "
             raise RecipeError(where + error.message, hint=error.hint or BITS_HINT) from error
+
+    @property
+    def max_ram_bytes(self) -> int | None:
+        """`max_ram` in bytes."""
+        return None if self.max_ram is None else parse_bytes(self.max_ram)
+
+    @property
+    def max_disk_bytes(self) -> int | None:
+        """`max_disk` in bytes."""
+        return None if self.max_disk is None else parse_bytes(self.max_disk)
 
     @property
     def widths(self) -> BitWidths:

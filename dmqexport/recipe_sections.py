@@ -2,8 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dmqexport.byte_size import parse_bytes
 from dmqexport.errors import RecipeError
 from dmqexport.quant_types import BitWidths
 
@@ -34,6 +35,20 @@ class Section(BaseModel):
                 raise BooleanError(name, value)
             kept[name] = value
         return kept
+
+
+def size_named(key: str) -> AfterValidator:
+    """Accepts sizes as people write them, such as 2GiB, and null; a RecipeError names `key`."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_bytes(value)
+            except RecipeError as error:
+                raise RecipeError(f"recipe key {key}: {error.message}", hint=error.hint) from error
+        return value
+
+    return AfterValidator(check)
 
 
 class SamplingRecipe(Section):

@@ -1,12 +1,11 @@
 """The training sections of a recipe: nothing is trained unless a stage is given iterations."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from dmqexport.byte_size import parse_bytes
-from dmqexport.errors import RecipeError
-from dmqexport.recipe_sections import Section
+from dmqexport.recipe_sections import Section, size_named
 
 
 class RatesRecipe(Section):
@@ -80,21 +79,11 @@ class TrainingRecipe(Section):
     activations: bool = Field(default=True, description="train the activation tables")
     weight_scales: bool = True
     biases: bool = True
-    max_ram: str | None = Field(default=None, description="of cached block inputs, e.g. 2GiB; the rest goes to disk")
+    max_ram: Annotated[str | None, size_named("'training.max_ram'")] = Field(
+        default=None, description="of cached block inputs, e.g. 2GiB; the rest goes to disk"
+    )
     blocks: BlockTrainingRecipe = BlockTrainingRecipe()
     network: NetworkTrainingRecipe = NetworkTrainingRecipe()
-
-    @field_validator("max_ram")
-    @classmethod
-    def _bytes(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                parse_bytes(value)
-            except RecipeError as error:
-                raise RecipeError(
-                    f"recipe key 'training.max_ram' (--max-ram): {error.message}", hint=error.hint
-                ) from error
-        return value
 
     @property
     def max_ram_bytes(self) -> int | None:

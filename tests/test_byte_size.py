@@ -31,5 +31,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_the_recipe_names_its_key() -> None:
     recipe = load_recipe(None, {"model": "m", "training.max_ram": "1.5GiB"}, [])
     assert recipe.training.max_ram_bytes == 3 * 2**29
-    with pytest.raises(RecipeError, match=r"'training.max_ram' \(--max-ram\): 'much' is no size"):
+    with pytest.raises(RecipeError, match=r"'training.max_ram': 'much' is no size"):
         load_recipe(None, {"model": "m", "training.max_ram": "much"}, [])
+    with pytest.raises(RecipeError, match=r"'max_disk' \(--max-disk\): '-1GiB' is no size"):
+        load_recipe(None, {"model": "m", "max_disk": "-1GiB"}, [])

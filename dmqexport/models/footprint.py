@@ -1,5 +1,6 @@
 """What a denoiser costs, counted without weights and without running it: parameters, multiplications, live memory."""
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,15 +21,38 @@ _BYTES = 4  # of float32
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One convolution or linear layer, for one sample. width: inputs of one output; positions: outputs a channel."""
+    """One convolution or linear layer, for one sample.
+
+    weight: shape of its weight; input_shape: without the batch; positions: outputs a channel; stride, padding: of a
+    convolution.
+    """
 
     name: str
-    convolution: bool
-    parameters: int
-    channels: int
-    width: int
+    weight: tuple[int, ...]
+    input_shape: tuple[int, ...]
     positions: int
-    inputs: int
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+
+    @property
+    def convolution(self) -> bool:
+        """Whether it is one."""
+        return len(self.weight) == 4
+
+    @property
+    def parameters(self) -> int:
+        """Of the weight."""
+        return math.prod(self.weight)
+
+    @property
+    def width(self) -> int:
+        """Inputs of one output."""
+        return math.prod(self.weight[1:])
+
+    @property
+    def inputs(self) -> int:
+        """Values that it reads."""
+        return math.prod(self.input_shape)
 
     @property
     def macs(self) -> int:
@@ -38,7 +62,7 @@ class LayerCost:
     @property
     def outputs(self) -> int:
         """Values of the result."""
-        return self.positions * self.channels
+        return self.positions * self.weight[0]
 
 
 @dataclass(frozen=True)
@@ -114,16 +138,19 @@ def measure_footprint(denoiser: nn.Module, family: Family, tokens: int | None = 
 def _counter(name: str, layers: list[LayerCost]) -> Callable[..., None]:
     def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         weight: Any = module.weight  # a plain tensor while parameters are replaced
-        channels, samples = int(weight.shape[0]), int(output.shape[0])
+        samples, channels = int(output.shape[0]), int(weight.shape[0])
+        stride: tuple[int, ...] = ()
+        padding: tuple[int, ...] = ()
+        if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str):
+            stride, padding = tuple(module.stride), tuple(module.padding)
         layers.append(
             LayerCost(
                 name=name,
-                convolution=weight.ndim == 4,
-                parameters=weight.numel(),
-                channels=channels,
-                width=weight[0].numel(),
+                weight=tuple(int(size) for size in weight.shape),
+                input_shape=tuple(int(size) for size in args[0].shape[1:]),
                 positions=output.numel() // samples // channels,
-                inputs=int(args[0].numel()) // samples,
+                stride=stride,
+                padding=padding,
             )
         )
 

@@ -1,0 +1,102 @@
+"""Before a build starts: what it will take, and whether that is within --max-ram and --max-disk."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmqexport.errors import ModelError, ResourceError
+from dmqexport.models.architecture import find_architecture
+from dmqexport.models.footprint import Footprint
+from dmqexport.pipeline_estimate import Estimate, Plan, estimate
+from dmqexport.pipeline_size import WORKING_BYTES, validation_size
+from dmqexport.pipeline_speed import MachineSpeed, measure_speed
+from dmqexport.recipe import Recipe
+from dmqexport.report.wording import duration, size
+
+_SMALLEST_WORKING = 2**27
+# where only bytes are asked for
+_INSTANT = MachineSpeed(
+    macs=math.inf, products=math.inf, candidates=math.inf, copied=math.inf, drawn=math.inf, written=math.inf, call=0.0
+)
+
+
+def estimate_build(recipe: Recipe, folder: Path | None) -> Estimate:
+    """What a build of `recipe` takes, without loading its model. folder: where writing is timed; None times nothing.
+
+    Raises ModelError where the model's configuration is not on this machine.
+    """
+    return _estimates(recipe, folder, (working_bytes(recipe),))[0]
+
+
+def working_bytes(recipe: Recipe) -> int:
+    """Memory for activations and moments: as much as --max-ram leaves beside the weights, at most the usual.
+
+    Raises ResourceError when a build of `recipe` does not fit --max-ram or --max-disk however little it is given.
+    """
+    limit, disk = recipe.max_ram_bytes, recipe.max_disk_bytes
+    if limit is None and disk is None:
+        return WORKING_BYTES
+    choices = [WORKING_BYTES]
+    while choices[-1] > _SMALLEST_WORKING:
+        choices.append(choices[-1] // 2)
+    try:
+        found = _estimates(recipe, None, choices)
+    except ModelError as error:
+        raise ResourceError(
+            f"--max-ram and --max-disk need an estimate, and there is none: {error.message}",
+            hint="leave them out, or give the model's folder",
+        ) from error
+    if disk is not None and found[-1].disk > disk:
+        raise _refusal("--max-disk", disk, found[-1].disk, found[-1], recipe)
+    for working, candidate in zip(choices, found, strict=True):
+        if limit is None or candidate.memory <= limit:
+            return working
+    raise _refusal("--max-ram", limit or 0, found[-1].memory, found[-1], recipe)
+
+
+def report_lines(found: Estimate) -> list[str]:
+    """The estimate as people read it."""
+    rows = [("stage", "time", "of it the model", "memory", "disk")]
+    rows += [
+        (item.name, duration(item.seconds), duration(item.forward_seconds), size(item.memory), size(item.disk))
+        for item in found.stages
+    ]
+    forwards = sum(item.forward_seconds for item in found.stages)
+    rows.append(("all", duration(found.seconds), duration(forwards), size(found.memory), size(found.disk)))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append(f"result: {size(found.result)} deployed, {size(found.canonical)} as packed codes")
+    return lines
+
+
+def _estimates(recipe: Recipe, folder: Path | None, choices: Sequence[int]) -> list[Estimate]:
+    found = find_architecture(recipe.model, random=recipe.weights == "random", size=recipe.sampling.latent_size)
+    cost: Footprint = found.footprint
+    guidance = found.guidance if recipe.sampling.guidance is None else recipe.sampling.guidance
+    steps, halves = recipe.sampling.steps or found.steps, 2 if guidance > 1 else 1
+    speed = _INSTANT if folder is None else measure_speed(cost, folder)
+    random = recipe.weights == "random"
+    return [
+        estimate(
+            recipe,
+            cost,
+            speed,
+            Plan(steps, halves, working, random, found.companions),
+            validation_size(recipe.validation, cost, steps * halves, working),
+        )
+        for working in choices
+    ]
+
+
+def _refusal(option: str, limit: int, needed: int, found: Estimate, recipe: Recipe) -> ResourceError:
+    needs = [(item.memory if option == "--max-ram" else item.disk, item.name) for item in found.stages]
+    where = ", ".join(f"{name} {size(need)}" for need, name in sorted(needs, reverse=True)[:3])
+    hints = [f"give {size(needed)}"]
+    if option == "--max-ram" and recipe.target.value == "trt-rtx":
+        hints.append("--target onnx builds no engine")
+    if option == "--max-ram" and recipe.training.trains:
+        hints.append("--recipe fast trains nothing")
+    return ResourceError(
+        f"{option} is {size(limit)}, and this build is estimated to need {size(needed)}: {where}",
+        hint="; ".join(hints) + "; --dry-run shows every stage",
+    )

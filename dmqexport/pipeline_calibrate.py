@@ -55,7 +55,6 @@ STAGE_VERSIONS = {
 _RANGE_ENTRIES = 320  # a range a step is a mean over the entries of that step
 _COMPENSATED = 0.5  # about what second-order rounding leaves of a weight's output error
 _SCALING_ENTRIES = 256  # channel extremes settle long before quantization ranges do
-_REFINE_ENTRIES = 2048  # second moments, of as many trajectories as there are
 _STATISTICS_PARTS = 32  # fixed: sums are added part by part
 _WHOLE_TRAJECTORIES = 64  # kept call by call; of more trajectories, as many calls in all
 _CALIBRATION_SEED = 1_000_000  # far from the seeds of evaluation pictures
@@ -302,6 +301,7 @@ class Calibration(Loading):
             "allocation": self.allocation_fingerprint,
             "quantization": quantization.model_dump(mode="json"),
             "row_bits": None if self.row_bits is None else self.row_bits.offsets.tolist(),
+            **self.refining_key,
         }
 
         def build(folder: Path) -> None:
@@ -313,7 +313,7 @@ class Calibration(Loading):
                     self.model.denoiser,
                     plan,
                     QuantWeights(folder / WEIGHT_CODES),
-                    self.calibration_set.subset(_REFINE_ENTRIES, recipe.seed),
+                    self.refining_set.subset(quantization.refine_entries, recipe.seed),
                     self._denoise,
                     self.batch_size,
                     recipe.seed,
@@ -324,6 +324,16 @@ class Calibration(Loading):
             replace(plan, scaling=self.scaling.record, allocation=self.allocation_of(plan)).save(folder)
 
         return self.workspace.stage("plan", key, build)
+
+    @property
+    def refining_set(self) -> CalibrationSet:
+        """What second-order rounding fits weights to."""
+        return self.calibration_set
+
+    @property
+    def refining_key(self) -> dict[str, str]:
+        """What that is, where it is not what statistics were taken from."""
+        return {}
 
     @property
     def row_bits(self) -> RowBits | None:

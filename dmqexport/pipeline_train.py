@@ -81,6 +81,18 @@ class Training(RowAllocating):
         return CalibrationSet.load(self.training_trajectories.path / "calibration.safetensors")
 
     @property
+    def refining_set(self) -> CalibrationSet:
+        """What second-order rounding fits weights to: calibration's trajectories, or training's, of more captions."""
+        training = self.recipe.quantization.refine_on == "training"
+        return self.training_set if training else super().refining_set
+
+    @property
+    def refining_key(self) -> dict[str, str]:
+        """What the plan then depends on."""
+        training = self.recipe.quantization.refine_on == "training"
+        return {"refined_on": self.training_trajectories.fingerprint} if training else {}
+
+    @property
     def step_weights(self) -> tuple[Tensor, Tensor]:
         """(how much each call's error counts, what share of the calls is drawn), float32 [calls a trajectory] each."""
         count = int(self.training_set.step.max()) + 1  # multi-step samplers call more than `steps` times

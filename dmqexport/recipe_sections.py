@@ -90,7 +90,10 @@ class QuantizationRecipe(Section):
     rounding: Literal["nearest", "second-order"] = Field(
         default="second-order", description="second-order: refit to quantized inputs, then compensate rounding (GPTQ)"
     )
-
+    refine_on: Literal["calibration", "training"] = Field(
+        default="calibration", description="trajectories that second-order rounding fits: the more captions, the better"
+    )
+    refine_entries: int = Field(default=2048, ge=1, description="how many of their points it sees")
     row_bits: Literal["even", "measured"] = Field(
         default="even",
         description="measured: timestep rows whose error shows in the picture get more activation bits, others fewer",

@@ -121,3 +121,18 @@ def test_a_sampler_with_more_calls_than_steps_is_trained_for(tiny_text: Path, tm
     if weights == "measured":
         found = json.loads(next((tmp_path / "work").glob("step-errors-*/step_errors.json")).read_text())
         assert len(found["pictures"]) == len(found["noise"]) > 4  # PNDM looks at some of the four steps more than once
+
+
+def test_weights_can_be_fitted_to_the_training_trajectories(tiny_text: Path, tmp_path: Path) -> None:
+    arguments = ("--bits", "w4a4", "--set", "training.trajectories=3", "--set", "quantization.rounding=second-order")
+    work = tmp_path / "work"
+    found = []
+    for where in ("calibration", "training"):
+        answer = build(
+            tiny_text, tmp_path / where, work, *arguments, "--set", f"quantization.refine_on={where}",
+            "--json", verb="plan",
+        )  # fmt: skip
+        assert answer.code == 0, answer.err
+        assert len(list(work.glob("training-set-*"))) == (where == "training"), "sampled only where it is asked for"
+        found.append(QuantPlan.load(Path(answer.json["artifacts"]["quant_plan"]).parent).fingerprint)
+    assert found[0] != found[1]

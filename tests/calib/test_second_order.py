@@ -1,5 +1,7 @@
 """Second-order rounding: better than nearest in what it minimises, exact where nothing is to be gained."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -23,18 +25,37 @@ def test_output_error_is_smaller_than_with_nearest_rounding(bits: int, width: in
     weight = torch.randn(24, width, generator=torch.Generator().manual_seed(7))
     moment = inputs.T @ inputs
     codes, qparams = round_second_order(weight, [moment], bits)
-    scale = torch.from_numpy(qparams.scale.copy()).unsqueeze(1)
     found = search_weight(weight, moment.diagonal() / moment.diagonal().mean(), bits)
-    assert np.array_equal(found.scale.numpy(), qparams.scale)
+    assert np.array_equal(found.zero_point.numpy(), qparams.zero_point)
     zero = found.zero_point.unsqueeze(1).float()
-    nearest = torch.round(weight / scale).clamp(-zero, 2**bits - 1 - zero)
+    searched = found.scale.unsqueeze(1)
+    nearest = torch.round(weight / searched).clamp(-zero, 2**bits - 1 - zero)
 
-    def error(chosen: Tensor) -> float:
+    def error(chosen: Tensor, scale: Tensor) -> float:
         return float((inputs @ (chosen * scale - weight).T).square().mean())
 
-    assert error(codes) < 0.7 * error(nearest)
+    fitted = torch.from_numpy(qparams.scale.copy()).unsqueeze(1)
+    assert error(codes, fitted) < 0.7 * error(nearest, searched)
     assert bool((codes >= -zero).all() and (codes <= 2**bits - 1 - zero).all())
     assert torch.equal(codes, codes.round())
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_every_sweep_of_descent_lowers_the_output_error(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = 192
+    inputs = correlated(3000, width, seed=4)
+    weight = torch.randn(16, width, generator=torch.Generator().manual_seed(9))
+    parts = inputs.split(width // blocks, dim=1)  # type: ignore[no-untyped-call]  # torch's own
+    moments = [part.T @ part for part in parts]
+    errors = []
+    for sweeps in range(4):
+        monkeypatch.setattr("calib.second_order._SWEEPS", sweeps)
+        codes, qparams = round_second_order(weight, moments, 4)
+        wrong = codes * torch.from_numpy(qparams.scale.copy()).unsqueeze(1) - weight
+        halves = wrong.split(width // blocks, dim=1)
+        errors.append(sum(float(((h @ m) * h).sum()) for h, m in zip(halves, moments, strict=True)))
+    assert errors[1] < 0.97 * errors[0], "compensation looks forward only, and leaves something to gain"
+    assert all(after <= before * (1 + 1e-4) for before, after in pairwise(errors))
 
 
 def test_independent_inputs_round_to_nearest() -> None:

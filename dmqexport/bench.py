@@ -47,7 +47,7 @@ def bench_bundle(
         inputs = {name: value.numpy() for name, value in build.model.example_inputs(batch=batch).items()}
         inputs["timestep"] %= int(bundle.manifest["num_timesteps"])  # a short schedule has a short table
         runners = {
-            "fp32": _open_float(bundle, build.float_graph, threads),
+            "fp32": _open_float(bundle, build.float_baseline, threads),
             "quantized": open_runner(bundle, threads),
         }
     finally:

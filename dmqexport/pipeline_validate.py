@@ -362,7 +362,7 @@ class Validation:
         batch = self.recipe.latency_batch
         index = torch.arange(batch) % len(self.reference.entries)
         inputs = _arrays(self.reference.entries, index)
-        runners = {"fp32": self._open(self.build.float_graph), "quantized": self.runner}
+        runners = {"fp32": self._open(self.build.float_baseline), "quantized": self.runner}
         result = interleaved(runners, inputs, runs=self.recipe.latency_runs)
         return {
             "fp32_ms": result.median_ms["fp32"],

@@ -75,6 +75,27 @@ class CalibrationSet:
         picked = order[torch.linspace(0, len(self) - 1, count).round().long()].sort().values
         return self.at(picked)
 
+    def drawn(self, count: int, seed: int, shares: Tensor) -> "CalibrationSet":
+        """`count` entries, chosen by `seed`, of which step s has the share shares[s] [steps], sum 1.
+
+        Where a step has too few entries, they are repeated: what counts is how much each step weighs.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        points = (torch.arange(count) + 0.5) / count
+        wanted = torch.bincount(
+            torch.searchsorted(shares.double().cumsum(0), points).clamp_max(len(shares) - 1), minlength=len(shares)
+        )
+        picked = []
+        for step, number in enumerate(wanted.tolist()):
+            entries = torch.nonzero(self.step == step).flatten()
+            order = entries[torch.randperm(len(entries), generator=generator)]
+            if number and not len(order):
+                raise CalibrationError(f"no entry of step {step}, of which {number} of {count} were wanted")
+            picked.append(order[torch.arange(number) % max(len(order), 1)])
+        joined = torch.cat(picked)
+        # Mixed, so that every batch holds all steps.
+        return self.at(joined[torch.randperm(count, generator=generator)])
+
     def renumbered(self, first: int) -> "CalibrationSet":
         """The same entries, trajectories counted from `first` instead of 0."""
         return replace(self, trajectory=self.trajectory + first)

@@ -313,7 +313,7 @@ class Calibration(Loading):
                     self.model.denoiser,
                     plan,
                     QuantWeights(folder / WEIGHT_CODES),
-                    self.refining_set.subset(quantization.refine_entries, recipe.seed),
+                    self.refining_set,
                     self._denoise,
                     self.batch_size,
                     recipe.seed,
@@ -328,11 +328,11 @@ class Calibration(Loading):
     @property
     def refining_set(self) -> CalibrationSet:
         """What second-order rounding fits weights to."""
-        return self.calibration_set
+        return self.calibration_set.subset(self.recipe.quantization.refine_entries, self.recipe.seed)
 
     @property
-    def refining_key(self) -> dict[str, str]:
-        """What that is, where it is not what statistics were taken from."""
+    def refining_key(self) -> dict[str, Any]:
+        """What that depends on beside the recipe and what statistics were taken from."""
         return {}
 
     @property

@@ -20,6 +20,7 @@ from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_parts import chunks, make_parts
 from dmqexport.pipeline_rows import RowAllocating
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
+from dmqexport.quant_types import MAX_BITS
 from dmqexport.recipe_training import RatesRecipe
 from dmqexport.workspace import StageRecord
 
@@ -82,15 +83,38 @@ class Training(RowAllocating):
 
     @property
     def refining_set(self) -> CalibrationSet:
-        """What second-order rounding fits weights to: calibration's trajectories, or training's, of more captions."""
-        training = self.recipe.quantization.refine_on == "training"
-        return self.training_set if training else super().refining_set
+        """What second-order rounding fits weights to: calibration's trajectories, or training's, of more captions.
+
+        With measured rows, steps weigh half alike, half by what their errors do to pictures.
+        """
+        quantization, seed = self.recipe.quantization, self.recipe.seed
+        data = self.training_set if quantization.refine_on == "training" else self.calibration_set
+        if self._refining_shares is None:
+            return data.subset(quantization.refine_entries, seed)
+        return data.drawn(quantization.refine_entries, seed, torch.tensor(self._refining_shares))
 
     @property
-    def refining_key(self) -> dict[str, str]:
+    def refining_key(self) -> dict[str, Any]:
         """What the plan then depends on."""
         training = self.recipe.quantization.refine_on == "training"
-        return {"refined_on": self.training_trajectories.fingerprint} if training else {}
+        shares = self._refining_shares
+        return {
+            **({"refined_on": self.training_trajectories.fingerprint} if training else {}),
+            **({"refined_by": shares} if shares is not None else {}),
+        }
+
+    @property
+    def _refining_shares(self) -> list[float] | None:
+        """How much each step weighs in the fit, sum 1; None: as they come."""
+        quantization = self.recipe.quantization
+        # 8-bit weights are not fitted; weighing steps samples pictures.
+        fitted = quantization.rounding == "second-order" and (
+            self.recipe.widths.weight < MAX_BITS or self.recipe.allocation.allocates
+        )
+        if quantization.row_bits != "measured" or not fitted:
+            return None
+        shares = self.step_errors.shares
+        return [0.5 * share + 0.5 / len(shares) for share in shares]
 
     @property
     def step_weights(self) -> tuple[Tensor, Tensor]:

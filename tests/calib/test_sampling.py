@@ -186,3 +186,26 @@ def test_thinned_trajectories_cover_every_step_with_whole_calls(stride: int, tra
 def test_renumbered_trajectories_start_where_they_are_told() -> None:
     calibration = random_calibration(5)
     assert torch.equal(calibration.renumbered(7).trajectory, calibration.trajectory + 7)
+
+
+@given(st.integers(1, 60), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 9))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_drawn_entries_have_the_shares_of_their_steps(count: int, sizes: list[int], seed: int) -> None:
+    step = torch.cat([torch.full((size,), index) for index, size in enumerate(sizes)])
+    calibration = replace(random_calibration(len(step)), step=step, trajectory=torch.arange(len(step)))
+    shares = torch.rand(len(sizes), generator=torch.Generator().manual_seed(seed)) + 0.05
+    shares = shares / shares.sum()
+    drawn = calibration.drawn(count, seed, shares)
+    assert len(drawn) == count
+    assert torch.equal(drawn.trajectory, calibration.drawn(count, seed, shares).trajectory)
+    found = torch.bincount(drawn.step, minlength=len(sizes))
+    assert bool(((found - shares * count).abs() < 1 + 1e-3).all())
+    for index, size in enumerate(sizes):
+        chosen = drawn.trajectory[drawn.step == index]
+        assert len(chosen.unique()) == min(size, len(chosen)), "no entry twice before every other was taken"
+
+
+def test_a_step_without_entries_cannot_be_drawn() -> None:
+    calibration = replace(random_calibration(4), step=torch.tensor([0, 0, 2, 2]))
+    with pytest.raises(CalibrationError, match="no entry of step 1"):
+        calibration.drawn(6, 0, torch.tensor([0.4, 0.3, 0.3]))

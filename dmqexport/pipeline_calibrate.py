@@ -118,7 +118,7 @@ class Calibration(Loading):
             assert result.calibration is not None
             result.calibration.renumbered(start).thinned(stride).save(path)
 
-        return make_parts(self.workspace.ranks, scratch, "trajectories", -(-count // batch), make, progress)
+        return make_parts(self.workspace.ranks, scratch, f"by-{batch}", -(-count // batch), make, progress)
 
     @cached_property
     def calibration_set(self) -> CalibrationSet:
@@ -248,7 +248,7 @@ class Calibration(Loading):
 
             with self.workspace.partial("statistics", key) as scratch:
                 progress, ranks = self.workspace.reporter.progress, self.workspace.ranks
-                parts = make_parts(ranks, scratch, "statistics", len(pieces), make, progress)
+                parts = make_parts(ranks, scratch, f"by-{batch}", len(pieces), make, progress)
                 if ranks.rank == 0:
                     statistics = observer.combine(load_file(str(part)) for part in parts)
                     save_statistics(folder / "statistics.safetensors", statistics)

@@ -20,7 +20,8 @@ def make_parts(
 ) -> list[Path]:
     """Return `count` safetensors files `name-NNNNN` of `folder`, all there on every rank; `make` writes missing ones.
 
-    make(number, path): writes part `number` to `path`. Raises RankError when another rank failed.
+    name: says how parts are cut, so that those of another cut (a resumed build may have smaller batches) are not taken
+    for these. make(number, path): writes part `number` to `path`. Raises RankError when another rank failed.
     """
     paths = [folder / f"{name}-{number:05d}.safetensors" for number in range(count)]
     kept = "".join("1" if _is_whole(path) else "0" for path in paths)

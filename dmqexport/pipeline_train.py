@@ -66,7 +66,7 @@ class Training(RowAllocating):
                     save_file({"targets": teacher_outputs(some, self._denoise, batch)}, str(path))
 
                 answers = make_parts(
-                    ranks, scratch, "targets", len(pieces), answer,
+                    ranks, scratch, f"targets-by-{batch}", len(pieces), answer,
                     lambda done, total: progress(total + done, 2 * total),
                 )  # fmt: skip
                 if ranks.rank == 0:

@@ -31,7 +31,7 @@ _BLOCK = 128
 _SWEEPS = 4  # of coordinate descent; more change little
 _LARGEST_INPUT = 4608  # a 3 × 3 convolution over 512 channels; two square matrices of this size take 170 MB
 _WIDE_BLOCK = 1152  # 128 channels of such a convolution: wider inputs are compensated within blocks of about this size
-_POSITIONS = 2**17  # output positions seen in all: more entries say more than more positions of each
+_POSITIONS = 2**16  # output positions seen in all: more entries say more than more positions of each
 MEMORY_BYTES = 2**30
 
 

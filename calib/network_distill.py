@@ -5,20 +5,26 @@ targets are what it answered. Guided models are trained on what the sampler real
 u + g (c − u): its error weighs the two halves' errors as the picture will. Calls are drawn by what their step does to
 the picture, and squared error is kept from what it does to every noisy regression: shortening what it cannot predict,
 here c − u, at all steps alike (`GuidanceLength`).
+
+Several ranks share every batch, call by call or trajectory by trajectory: batches are those of one process, and only
+the order of float sums differs.
 """
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from calib.distributed import sum_gradients
 from calib.optimizer import StepOptimizer
 from calib.sampling import TIMESTEP, CalibrationSet
 from calib.trainable import TrainableModel
 from dmqexport.errors import CalibrationError
+from dmqexport.ranks import ALONE, Ranks, share
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -109,19 +115,35 @@ class GuidanceLength:
         self.mean = torch.zeros(steps)
         self.count = torch.zeros(steps)
 
-    def penalty(self, error: Tensor, difference: Tensor, step: Tensor, weights: Tensor, guidance: float) -> Tensor:
+    def penalty(
+        self,
+        error: Tensor,
+        difference: Tensor,
+        step: Tensor,
+        weights: Tensor,
+        guidance: float,
+        own: Tensor | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Tensor:
         """Something with the gradient of the mean over steps of (mean excess length)².
 
-        error: of the guided prediction, [calls, values]; difference: the float model's c − u, [calls, values]; step:
-        int64 [calls]; weights: [calls], 1 / (steps · the share of this step among all calls).
+        error: of the guided prediction, [own calls, values]; difference: the float model's c − u, [calls, values];
+        step: int64 [calls]; weights: [calls], 1 / (steps · the share of this step among all calls); own: int64, this
+        rank's calls, whose part of the mean is returned, None for all. Every rank's running mean hears of all calls.
         """
+        chosen = torch.arange(len(step)) if own is None else own
         power = difference.square().sum(dim=1)
         power = power.clamp_min(_SHORTEST * float(power.mean())).clamp_min(1e-20)
-        excess = (error * difference).sum(dim=1) / (guidance * power)
-        for index, value in zip(step.tolist(), excess.detach().tolist(), strict=True):
+        excess = (error * difference[chosen]).sum(dim=1) / (guidance * power[chosen])
+        heard = torch.zeros(len(step))
+        heard[chosen] = excess.detach()
+        heard = torch.from_numpy(ranks.total(heard.numpy()))
+        for index, value in zip(step.tolist(), heard.tolist(), strict=True):
             self.count[index] += 1
             self.mean[index] += max(1 / float(self.count[index]), _SLOWEST) * (value - float(self.mean[index]))
-        return (weights * 2 * self.mean[step] * excess).mean()
+        if not len(chosen):
+            return torch.zeros(())
+        return (weights[chosen] * 2 * self.mean[step[chosen]] * excess).mean() * (len(chosen) / len(step))
 
 
 def distill_network(
@@ -142,14 +164,16 @@ def distill_network(
     guidance_length: float = 0.0,
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> NetworkDistillResult:
     """Train layers `names` of `model` (None: all) for `iterations` batches that mix timesteps.
 
     targets: float outputs of every entry; step_weights: [steps], how much each sampling step's error counts;
     step_shares: [steps], how often it is drawn, sum 1, None: all alike; coherence: weight of products of two steps
     (`trajectory_loss`), for which `data` must hold whole trajectories and shares are not used; guidance_length: weight
-    of `GuidanceLength`; checkpoint: a file written about once a minute, from which a killed run goes on. Raises
-    CalibrationError when the loss is no number.
+    of `GuidanceLength`; checkpoint: a file written about once a minute, from which a killed run goes on; ranks:
+    processes that do this together on equal models. Raises CalibrationError when the loss is no number, RankError when
+    another rank failed.
     """
     calls = guidance_pairs(data)
     total = len(step_weights)
@@ -171,30 +195,39 @@ def distill_network(
             chosen = _together(calls.reshape(-1, total, calls.shape[1]), iteration, batch_size, seed)
         else:
             chosen = _spread(by_step, shares, iteration, batch_size, seed)
-        index = chosen.flatten()
+        mine = torch.tensor(share(ranks, range(len(chosen))), dtype=torch.int64)
+        present = len(mine) > 0
+        # A rank without a share must have gradients at the same parameters as the others, though they be zero.
+        part = chosen[mine] if present else chosen[:1]
+        index = part.flatten()
         batch = data.select(index)
         model.context.set_timestep(batch[TIMESTEP], len(index))
-        error = (run(batch) - targets[index]).reshape(*chosen.shape, -1)
+        error = (run(batch) - targets[index]).reshape(*part.shape, -1)
         step = data.step[chosen[:, :, 0]]
         drawn = 1 / (total * shares[step])
-        loss = trajectory_loss(error, step_weights[step] * drawn, total, guidance, guided_share, coherence)
-        if not bool(torch.isfinite(loss)):
-            raise CalibrationError(
-                f"distillation diverged at iteration {iteration} of {iterations}: the loss is {float(loss.detach())}",
-                hint="lower the learning rates: --set training.network.rates.weights=0.001",
-            )
-        losses.append(float(loss.detach()))
-        pushed = loss + _ROUNDING_PUSH * model.regularizer(iteration / iterations, names)
+        weights = (step_weights[step] * drawn)[mine if present else slice(1)]
+        loss = trajectory_loss(error, weights, total, guidance, guided_share, coherence) * (len(mine) / len(chosen))
+        pushed = loss + _ROUNDING_PUSH * model.regularizer(iteration / iterations, names) / ranks.size
         if guided:
-            answer, unit = guided_error(error, guidance)
+            answer, unit = guided_error(error[: len(mine)], guidance)
             exact = targets[chosen].flatten(3)
             difference = (exact[:, :, 1] - exact[:, :, 0]).flatten(0, 1)
-            penalty = length.penalty(answer.flatten(0, 1), difference, step.flatten(), drawn.flatten(), guidance)
+            own = torch.arange(step.numel()).reshape(step.shape)[mine].flatten()
+            penalty = length.penalty(
+                answer.flatten(0, 1), difference, step.flatten(), drawn.flatten(), guidance, own, ranks
+            )
             pushed = pushed + guided_share * guidance_length / unit * penalty
         optimizer.zero_grad()
         torch.autograd.backward(pushed)
+        whole = sum_gradients(ranks, optimizer.parameters, loss, present)
+        if not isfinite(whole):
+            raise CalibrationError(
+                f"distillation diverged at iteration {iteration} of {iterations}: the loss is {whole}",
+                hint="lower the learning rates: --set training.network.rates.weights=0.001",
+            )
+        losses.append(whole)
         optimizer.step()
-        if checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
+        if checkpoint is not None and ranks.rank == 0 and time.monotonic() - saved > _CHECKPOINT_SECONDS:
             _save(checkpoint, model, optimizer, length, losses)
             saved = time.monotonic()
         if progress is not None:

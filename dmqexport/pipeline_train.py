@@ -212,13 +212,15 @@ class Training(RowAllocating):
                     seed=self.recipe.seed,
                     checkpoint=scratch / "checkpoint.pt",
                     progress=self.workspace.reporter.progress,
+                    ranks=self.workspace.ranks,
                 )
                 model.harden()
-                _save(model, folder)
-            document = {"first_loss": result.first, "last_loss": result.last, "losses": result.losses}
-            (folder / "network.json").write_text(json.dumps(document), encoding="utf-8")
+                if self.workspace.ranks.rank == 0:
+                    _save(model, folder)
+                    document = {"first_loss": result.first, "last_loss": result.last, "losses": result.losses}
+                    (folder / "network.json").write_text(json.dumps(document), encoding="utf-8")
 
-        return self.workspace.stage("network", key, build)
+        return self.workspace.stage("network", key, build, shared=True)
 
     @property
     def _continues(self) -> bool:

@@ -25,14 +25,15 @@ def make_parts(
     """
     paths = [folder / f"{name}-{number:05d}.safetensors" for number in range(count)]
     kept = "".join("1" if _is_whole(path) else "0" for path in paths)
-    missing = [number for number, digit in enumerate(ranks.tell(name, kept)) if digit == "0"]
+    where = folder.name.strip(".").rpartition("-")[0]  # the stage
+    missing = [number for number, digit in enumerate(ranks.tell(where, kept)) if digit == "0"]
     mine = share(ranks, missing)
     for done, number in enumerate(mine, start=1):
         temporary = paths[number].with_suffix(f".tmp-{ranks.rank}")
         make(number, temporary)
         temporary.replace(paths[number])
         progress(min(count, count - len(missing) + done * ranks.size), count)
-    ranks.meet(name)
+    ranks.meet(where)
     return paths
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmqexport import cli_ablate, cli_bundle, cli_models
+from dmqexport import cli_ablate, cli_bundle, cli_models, cli_package
 from dmqexport.cli_log import Session, start_logging
 from dmqexport.cli_options import (
     AttentionOption,
@@ -384,6 +384,7 @@ for _verb, _summary in (
     (cli_bundle.doctor, "Say what this machine can build and run."),
     (cli_models.models, "List the model presets."),
     (cli_models.convert, "Convert an original checkpoint."),
+    (cli_package.package, "Write a bundle for an inference server."),
     (cli_ablate.ablate, "Compare quantization methods."),
 ):
     app.command(short_help=_summary)(_verb)

@@ -43,7 +43,7 @@ RECORDS = (
     f" dmqexport.workspace dmqexport.memory_watch {CONTRACTS}"
 )
 
-ENGINE_VENDORS = "onnxruntime openvino tensorrt tensorrt_rtx polygraphy onnx onnx_graphsurgeon"
+ENGINE_VENDORS = "onnxruntime openvino tensorrt tensorrt_rtx polygraphy onnx onnx_graphsurgeon tritonclient"
 
 # The first row that matches a module holds for it, and no other.
 IMPORT_RULES = (
@@ -71,8 +71,13 @@ IMPORT_RULES = (
         "dmqexport.report dmqexport.report.*",
         "numpy pydantic jinja2 markupsafe PIL dmqexport.errors dmqexport.report dmqexport.report.*",
     ),
-    # A bundle as a diffusers component: the only other place that runs an engine.
-    ImportRule("dmqexport.runtime", f"torch numpy diffusers dmqexport.models.* engines.* {RECORDS}"),
+    # A bundle as a diffusers component, here or served: the only other places that run an engine.
+    ImportRule(
+        "dmqexport.runtime dmqexport.serving",
+        f"torch numpy diffusers dmqexport.models.* dmqexport.runtime dmqexport.package engines.* {RECORDS}",
+    ),
+    # A bundle for an inference server: files copied, the graph's signature read, nothing run.
+    ImportRule("dmqexport.package", f"{RECORDS}", in_functions="onnx"),
     # The composition root: hands the artifacts of one stage to the next, so it may name them all.
     ImportRule(
         "dmqexport.pipeline dmqexport.pipeline_*",
@@ -177,7 +182,11 @@ def test_whatever_is_imported_is_declared() -> None:
     project = _pyproject()["project"]
     needed = [
         *project["dependencies"],
-        *(each for extra in ("cpu", "gpu", "rtx", "openvino") for each in project["optional-dependencies"][extra]),
+        *(
+            each
+            for extra in ("cpu", "gpu", "rtx", "openvino", "serving")
+            for each in project["optional-dependencies"][extra]
+        ),
     ]
     declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in needed}
     for module, tree in TREES.items():

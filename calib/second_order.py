@@ -3,8 +3,8 @@
 A layer's output error depends on the quantized input x̂, not on x. Least squares first moves the weight to
 W* = W (E[x x̂ᵀ] + λI)(E[x̂ x̂ᵀ] + λI)⁻¹, which uses the correlation of neighbouring inputs against their quantization
 noise; then columns are rounded one by one, each rounding error spread over the columns still open (GPTQ,
-arXiv:2210.17323, Algorithm 1, in its Cholesky form). That only ever looks forward, so codes are then improved one column
-at a time, all others given, and scales fitted to them: half a decibel less error in every layer of the bundled model.
+arXiv:2210.17323, Algorithm 1, in its Cholesky form). That only ever looks forward, so codes are then improved one
+column at a time, all others given, and scales fitted to them: half a decibel less error in the bundled model's layers.
 Nothing is trained and nothing changes at run time.
 """
 

@@ -99,7 +99,7 @@ class _Estimator:
         self.load()
         self.calibrate()
         self.quantize()
-        if self.recipe.training.trains:
+        if self.recipe.training.trains or self.recipe.quantization.refine_on == "training":
             self.train()
         self.graphs(canonical, result)
         self.judge(result)
@@ -187,7 +187,7 @@ class _Estimator:
         self.add("plan", seconds, forwards, memory, self.cost.weights)
 
     def train(self) -> None:
-        """Roughly: three forwards' worth for each sample of each step."""
+        """Roughly: three forwards' worth for each sample of each step; trajectories are sampled and answered."""
         training = self.recipe.training
         blocks, network = training.blocks, training.network
         samples = 3.0 * (network.iterations * network.batch_size + blocks.iterations * blocks.batch_size)

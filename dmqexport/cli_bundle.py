@@ -18,7 +18,7 @@ from dmqexport.cli_options import (
     VerifyOption,
     WorkOption,
 )
-from dmqexport.errors import PerformanceGateError
+from dmqexport.errors import PerformanceGateError, ResourceError
 
 
 def run(
@@ -104,15 +104,32 @@ def bench(
         str | None, typer.Option("-m", "--model", metavar="MODEL", help="The float model, if it has moved.")
     ] = None,
     work: WorkOption = None,
+    details: Annotated[
+        bool, typer.Option("--details", help="Also other runtimes, memory, a trajectory, layers and operators.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the details there, as JSON.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Write a picture of the details there, as SVG.")
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Time FP32 against quantized in the bundle's runtime, on the same inputs, interleaved; medians and ratio.
 
+    \b
+      dmqexport bench out/emoji --threads 1 --max-ratio 0.8
+      dmqexport bench out/emoji --batch 8 --details -o bench.json --plot bench.svg
+
     The float graph comes from the build's work folder, or is exported again from the model, which must be the one the
     bundle was built from.
     """
     start_logging(verbose=verbose)
+    for path in (output, plot):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ResourceError(f"{path} cannot be written: it is a folder, or in none", hint="name a file of a folder")
+    details = details or output is not None or plot is not None
     from dmqexport.bundle import open_bundle
     from dmqexport.cli_console import console_reporter
 
@@ -120,16 +137,28 @@ def bench(
     with console_reporter(quiet=as_json) as reporter:
         from dmqexport.bench import bench_bundle
 
-        result = bench_bundle(opened, batch, runs, threads, reporter, model=model, work=work)
+        result = bench_bundle(opened, batch, runs, threads, reporter, model=model, work=work, details=details)
+    if output is not None:
+        _write(output, json.dumps(result, indent=1) + "\n")
+    if plot is not None:
+        from dmqexport.report.bench_chart import bench_svg
+
+        _write(plot, bench_svg(result))
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        print(
-            f"batch {result['batch']}, {result['threads']} threads, {result['runs']} runs each: "
-            f"fp32 {result['fp32_ms']:.2f} ms, quantized {result['quantized_ms']:.2f} ms, ratio {result['ratio']:.3f}"
-        )
+        from dmqexport.cli_bench import print_bench
+
+        print_bench(result)
     if max_ratio is not None and result["ratio"] > max_ratio:
         raise PerformanceGateError(f"ratio {result['ratio']:.3f} is above --max-ratio {max_ratio:g}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error.strerror}", hint="name another file") from error
 
 
 def doctor(as_json: JsonOption = False) -> None:

@@ -341,10 +341,32 @@ def test_bench(plain_bundle: Built, tmp_path: Path) -> None:
     arguments = ("bench", plain_bundle.path, "--work", plain_bundle.work, "--batch", "2", "--runs", "3")
     answer = dmqexport(*arguments, "--json")
     assert (answer.code, answer.err) == (0, "")
-    assert answer.json.keys() == {"fp32_ms", "quantized_ms", "ratio", "batch", "threads", "runs"}
+    times = {"fp32_ms", "quantized_ms", "ratio", "minimum_ratio", "processor_ratio"}
+    assert answer.json.keys() == {*times, "batch", "threads", "runs"}
     slow = dmqexport(*arguments, "--max-ratio", "0.0001")
     assert slow.code == 4
     assert "above --max-ratio 0.0001" in slow.err
+    nowhere = dmqexport(*arguments, "--plot", tmp_path / "gone" / "a.svg")
+    refused(nowhere, nowhere.code, ("a.svg cannot be written",))
+
+
+@pytest.mark.slow
+def test_bench_in_detail(plain_bundle: Built, tmp_path: Path) -> None:
+    written, drawn = tmp_path / "bench.json", tmp_path / "bench.svg"
+    options = ("--work", plain_bundle.work, "--batch", "2", "--runs", "3", "--threads", "1")
+    answer = dmqexport("bench", plain_bundle.path, *options, "-o", written, "--plot", drawn)
+    assert answer.code == 0, answer.err
+    document = json.loads(written.read_text(encoding="utf-8"))
+    names = [layer["layer"] for layer in document["layers"]]
+    assert "conv_in" in names
+    assert {layer["layer"] for layer in document["layers"] if layer["ratio"] is None} <= {"conv_out"}
+    assert document["trajectory"]["steps"] > 1
+    assert document["trajectory"]["fp32_ms"] > document["fp32_ms"]
+    assert {row["precision"] for row in document["runtimes"]} == {"fp32", "w8a8"}
+    assert any(row["op"] == "MatMulIntegerToFloat" for row in document["operators"]["quantized"])
+    assert not any(row["op"] == "MatMulIntegerToFloat" for row in document["operators"]["fp32"])
+    assert "<svg" in drawn.read_text(encoding="utf-8")
+    assert "trajectory of" in answer.out
 
 
 @pytest.mark.slow

@@ -1,0 +1,98 @@
+"""Timing, profiles and memory, on graphs small enough to count by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from dmqexport.report.bench_chart import bench_svg
+from engines.bench import interleaved, interleaved_trajectories
+from engines.memory import peak_memory
+from engines.ort import OrtRunner
+from engines.ort_profile import NodeTime, by_layer, by_operator, profile_nodes
+
+PRODUCT = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[M,64] x) => (float[M,32] y) { y = MatMul (x, w) }"""
+
+
+def graph(folder: Path, repeats: int = 0) -> Path:
+    """x @ w, then as many passes over the result as asked for."""
+    model = ir.from_onnx_text(PRODUCT)
+    product = model.graph[0]
+    product.name = "layer/MatMul"
+    weight = product.inputs[1]
+    assert weight is not None
+    weight.const_value = ir.tensor(np.ones((64, 32), dtype=np.float32), name="w")
+    model.graph.register_initializer(weight)
+    value = product.outputs[0]
+    for index in range(repeats):
+        node = ir.node("Erf", [value], name=f"layer#0/pass_{index}")
+        model.graph.append(node)
+        value = node.outputs[0]
+        value.type, value.name = ir.TensorType(ir.DataType.FLOAT), f"value_{index}"
+    model.graph.outputs[0] = value
+    path = folder / f"g{repeats}.onnx"
+    ir.save(model, path)
+    return path
+
+
+FEEDS = {"x": np.ones((2048, 64), dtype=np.float32)}
+
+
+def test_more_work_takes_longer_by_every_clock(tmp_path: Path) -> None:
+    runners = {"short": OrtRunner(graph(tmp_path), threads=1), "long": OrtRunner(graph(tmp_path, 40), threads=1)}
+    result = interleaved(runners, FEEDS, runs=5)
+    for times in (result.median_ms, result.minimum_ms, result.processor_ms):
+        assert times["long"] > 2 * times["short"] > 0
+    assert result.ratio("long", "short") == result.median_ms["long"] / result.median_ms["short"]
+    assert all(result.minimum_ms[name] <= result.median_ms[name] for name in runners)
+    trajectory = interleaved_trajectories(runners, [FEEDS] * 6, runs=3)
+    assert trajectory.minimum_ms["long"] > 3 * result.minimum_ms["long"]
+
+
+def test_the_profile_counts_arithmetic_and_traffic(tmp_path: Path) -> None:
+    nodes = profile_nodes(graph(tmp_path, 2), FEEDS, runs=3, threads=1)
+    product = next(node for node in nodes if node.op == "MatMul")
+    assert product.operations == 2 * 2048 * 64 * 32
+    assert product.traffic == 4 * (2048 * 64 + 64 * 32 + 2048 * 32)
+    assert {node.operations for node in nodes if node.op == "Erf"} == {0}
+    table = by_operator(nodes)
+    assert {(row.op, row.count) for row in table} == {("MatMul", 1), ("Erf", 2)}
+    assert sum(row.share for row in table) == pytest.approx(1.0)
+    assert by_layer(nodes, ["layer"])["layer"] == pytest.approx(sum(node.ms for node in nodes))
+
+
+def test_a_layer_has_the_nodes_of_its_name_and_no_others() -> None:
+    named = {
+        "a.conv/Conv": "a.conv", "a.conv#1/codes_u8_im2col/axis2_0": "a.conv", "a.conv2/Conv": "a.conv2",
+        "a.conv#0/scaled": "a.conv", "node_silu_3": None, "b/x": None,
+    }  # fmt: skip
+    nodes = [NodeTime(name, "Op", (), 2.0**index, 0, 0) for index, name in enumerate(named)]
+    expected = {layer: sum(node.ms for node in nodes if named[node.name] == layer) for layer in ("a.conv", "a.conv2")}
+    assert by_layer(nodes, list(expected)) == expected
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    with peak_memory() as peak:
+        block = np.ones(32 * 2**20, dtype=np.uint8)
+        del block
+    if peak.grown is None:
+        pytest.skip("this system does not say its peak memory")
+    assert 24 * 2**20 < peak.grown < 200 * 2**20
+    with peak_memory() as nothing:
+        pass
+    assert nothing.grown is not None
+    assert nothing.grown < 8 * 2**20
+
+
+def test_the_chart_draws_every_bar_and_escapes_names() -> None:
+    document = {
+        "batch": 2, "threads": 1, "ratio": 0.5, "layers": [{"layer": "a<b", "fp32_ms": 2.0, "quantized_ms": 1.0}],
+        "runtimes": [{"runtime": "onnxruntime", "precision": "fp32", "median_ms": 4.0}],
+        "trajectory": {"steps": 3, "fp32_ms": 12.0, "quantized_ms": 6.0},
+    }  # fmt: skip
+    drawn = bench_svg(document)
+    assert "a&lt;b" in drawn
+    assert "a<b" not in drawn
+    assert drawn.count("<rect") == 1 + 1 + 2 + 2

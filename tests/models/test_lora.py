@@ -83,7 +83,9 @@ def _save(path: Path, model: LoadedModel, layout: Callable[..., dict[str, Tensor
 
 
 @pytest.mark.parametrize(
-    ("layout", "alpha"), [(_diffusers, None), (_peft, None), (_kohya, None), (_kohya, 2.0)], ids=str
+    ("layout", "alpha"),
+    [(_diffusers, None), (_peft, None), (_kohya, None), (_kohya, 2.0)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("scale", [1.0, -0.5])
 def test_weights_are_w_plus_scaled_product(

@@ -53,7 +53,7 @@ $(DEMO_STAMP): pyproject.toml | $(VENV)/bin/pip
 	@touch "$@"
 
 $(TEST_STAMP): pyproject.toml | $(VENV)/bin/pip
-	"$(VENV)/bin/python" -m pip install "$(TORCH)" -e ".[cpu,rtx,openvino,lora,dev]"
+	"$(VENV)/bin/python" -m pip install "$(TORCH)" -e ".[cpu,rtx,openvino,lora,serving,serving-test,dev]"
 	@touch "$@" "$(DEMO_STAMP)"
 
 # Debian and Ubuntu split venv and ensurepip from Python; the interpreter imports venv all the same, so ask ensurepip.

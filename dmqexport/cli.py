@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmqexport import cli_ablate, cli_bundle, cli_models, cli_package
+from dmqexport import cli_ablate, cli_bundle, cli_models, cli_package, cli_reproduce
 from dmqexport.cli_log import Session, start_logging
 from dmqexport.cli_options import (
     AttentionOption,
@@ -386,6 +386,7 @@ for _verb, _summary in (
     (cli_models.convert, "Convert an original checkpoint."),
     (cli_package.package, "Write a bundle for an inference server."),
     (cli_ablate.ablate, "Compare quantization methods."),
+    (cli_reproduce.verify_reproducible, "Build twice and compare byte for byte."),
 ):
     app.command(short_help=_summary)(_verb)
 

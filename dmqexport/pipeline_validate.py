@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -235,25 +236,34 @@ class Validation:
             # Beside the graph it is of: weights that lie outside the graph are shared, not copied.
             tapped[label] = source.with_name(f".tap-{os.getpid()}-{label}.onnx")
             ir.save(model, tapped[label])
+        # One graph at a time, the float results on disk meanwhile: two open graphs of a large model are too much.
+        kept = self.build.workspace.root / f".layers-{os.getpid()}"
+        kept.mkdir(parents=True, exist_ok=True)
         try:
             level = Optimization.REFERENCE if self._lean else Optimization.FAST
-            float_runner = OrtRunner(tapped["float"], optimization=level, config=self._lean)
-            deployed = self._open(tapped["deployed"], self._lean)
             rows = np.asarray(plan.row_map)[entries.timesteps.numpy()]
             chosen = _spread_over_rows(rows, self.size.layer_entries)
             signal = {name: np.zeros(plan.rows) for name in wanted}
             noise = {name: np.zeros(plan.rows) for name in wanted}
             outputs = sorted(set(wanted.values()))
-            for start in range(0, len(chosen), self.size.layer_batch):
-                index = chosen[start : start + self.size.layer_batch]
-                inputs = _arrays(entries, torch.from_numpy(index))
-                expected, actual = float_runner.run(inputs, outputs), deployed.run(inputs, outputs)
+            parts = [chosen[i : i + self.size.layer_batch] for i in range(0, len(chosen), self.size.layer_batch)]
+            runner: Runner = OrtRunner(tapped["float"], optimization=level, config=self._lean)
+            for number, index in enumerate(parts):
+                expected = runner.run(_arrays(entries, torch.from_numpy(index)), outputs)
+                for position, value in enumerate(outputs):
+                    np.save(kept / f"{number}-{position}.npy", expected.pop(value))
+            del runner
+            runner = self._open(tapped["deployed"], self._lean)
+            for number, index in enumerate(parts):
+                actual = runner.run(_arrays(entries, torch.from_numpy(index)), outputs)
                 for name, value in wanted.items():
-                    left = expected[value].reshape(len(index), -1).astype(np.float64)
+                    stored = np.load(kept / f"{number}-{outputs.index(value)}.npy")
+                    left = stored.reshape(len(index), -1).astype(np.float64)
                     right = actual[value].reshape(len(index), -1).astype(np.float64)
                     np.add.at(signal[name], rows[index], (left**2).sum(axis=1))
                     np.add.at(noise[name], rows[index], ((right - left) ** 2).sum(axis=1))
         finally:
+            shutil.rmtree(kept, ignore_errors=True)
             for path in tapped.values():
                 path.unlink(missing_ok=True)
         return {

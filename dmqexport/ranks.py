@@ -1,10 +1,10 @@
 """Several processes that work on one build (ranks), as a stage sees them. `ALONE` is the ordinary build of one."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Item = TypeVar("Item")
 
@@ -30,7 +30,7 @@ class Ranks(Protocol):
         """Return rank 0's `value` on every rank; the others wait for it. Raises RankError likewise."""
         ...
 
-    def total(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def total(self, values: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
         """The sum of every rank's `values` (one shape and floating type), bit for bit the same on all of them.
 
         May change `values`. Raises RankError likewise.
@@ -51,7 +51,7 @@ class Alone:
         """`value`."""
         return value
 
-    def total(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def total(self, values: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
         """`values`."""
         return values
 
@@ -61,5 +61,5 @@ ALONE = Alone()
 
 def share(ranks: Ranks, items: Sequence[Item]) -> Sequence[Item]:
     """This rank's consecutive part of `items`; all ranks' parts make the whole, equally long but for one."""
-    first, last = np.linspace(0, len(items), ranks.size + 1).round().astype(int)[ranks.rank : ranks.rank + 2]
+    first, last = (round(len(items) * edge / ranks.size) for edge in (ranks.rank, ranks.rank + 1))
     return items[first:last]

@@ -66,7 +66,7 @@ def test_two_processes_make_what_one_makes(tiny_plain: Path, tmp_path: Path) -> 
     assert [name for name, data in one.items() if two[name] != data] == []
     # Trained blocks may differ where a float sum fell otherwise: the same layers at the same widths.
     plans = [QuantPlan.load(open_bundle(tmp_path / name).path / "dmqexport") for name in ("alone", "two")]
-    widths = [{layer.name: layer.segments[0].weight.spec.dtype.bits for layer in plan.layers} for plan in plans]
+    widths = [{layer.name: layer.segments[0].weight.bits for layer in plan.layers} for plan in plans]
     assert widths[0] == widths[1]
     # One process speaks, and nothing half done is left.
     assert shared.stdout.count("for onnx") == 1

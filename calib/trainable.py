@@ -304,6 +304,18 @@ class TrainableModel:
         self.layers[plan.name] = TrainableLayer(base, plan, codes, self.options, quantizers)
         return self.layers[plan.name]
 
+    @contextmanager
+    def held_weights(self) -> Iterator[None]:
+        """Quantize every weight once for all calls inside, gradients included."""
+        parts = [weight for layer in self.layers.values() for weight in layer.parts()]
+        for weight in parts:
+            weight.held = weight.quantized()
+        try:
+            yield
+        finally:
+            for weight in parts:
+                weight.held = None
+
     def _quantizers(self) -> Iterator[TrainableActivation]:
         for layer in self.layers.values():
             yield from (quantizer for quantizer in layer.quantizers if quantizer is not None)

@@ -37,6 +37,7 @@ class TrainableWeight(nn.Module):
         self.plan, self.mode = plan, mode
         self.levels = 2**plan.bits - 1
         self.hard = False
+        self.held: Tensor | None = None
         spread = (-1, *([1] * (original.ndim - 1)))
         self.register_buffer("scale", torch.from_numpy(plan.scale.copy()).reshape(spread), persistent=False)
         self.register_buffer(
@@ -91,7 +92,11 @@ class TrainableWeight(nn.Module):
         self.load_state_dict(own)
 
     def forward(self) -> Tensor:
-        """The fake-quantized weight, float32, shape of the original."""
+        """The fake-quantized weight, float32, shape of the original; `held` in its place where that is set."""
+        return self.quantized() if self.held is None else self.held
+
+    def quantized(self) -> Tensor:
+        """The fake-quantized weight, made anew."""
         scale = self.scale * self.log_scale.exp()
         if self.mode == "rounding":
             soft = self._soft()

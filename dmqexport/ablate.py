@@ -112,9 +112,11 @@ def with_effort(recipe: Recipe, effort: float) -> Recipe:
         return math.ceil(iterations * effort)
 
     training = recipe.training
-    blocks = training.blocks.model_copy(update={"iterations": scaled(training.blocks.iterations)})
-    network = training.network.model_copy(update={"iterations": scaled(training.network.iterations)})
-    return recipe.model_copy(update={"training": training.model_copy(update={"blocks": blocks, "network": network})})
+    stages = {
+        name: getattr(training, name).model_copy(update={"iterations": scaled(getattr(training, name).iterations)})
+        for name in ("blocks", "network", "sampler")
+    }
+    return recipe.model_copy(update={"training": training.model_copy(update=stages)})
 
 
 class Ablation:

@@ -17,7 +17,7 @@ from dmqexport.bundle import GRAPH
 from dmqexport.errors import BackendMissingError, DmqExportError
 from dmqexport.onnx_export import OPSET, export_float_graph, save_model
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
-from dmqexport.pipeline_train import Training
+from dmqexport.pipeline_sampler import SamplerTraining
 from dmqexport.target import Target, cpu_has_vnni
 from dmqexport.workspace import StageRecord
 from passes.bind import bind
@@ -53,7 +53,7 @@ class CompileResult:
     companions: tuple[Path, ...] = ()
 
 
-class Build(Training):
+class Build(SamplerTraining):
     """One recipe on one work folder. Every stage is a property: asking for one runs what it needs, once."""
 
     # export
@@ -118,6 +118,7 @@ class Build(Training):
             "export": self.exported.fingerprint,
             "target": target,
             "vnni": self.vnni if target in (Target.ORT_CPU, Target.OPENVINO) else None,
+            "weight_only": self.recipe.lowering.weight_only if target is Target.ORT_CPU else None,
         }
         other_device = target is Target.OPENVINO and self.recipe.lowering.openvino_device != "CPU"
 
@@ -128,7 +129,8 @@ class Build(Training):
             _rewrite(model, canonical(plan, weights, insisted))
             save_model(model, folder / "canonical.onnx")
             if target is Target.ORT_CPU:
-                _rewrite(model, lower_ort_cpu(plan, weights, vnni=self.vnni))
+                packed = self.recipe.lowering.weight_only == "packed"
+                _rewrite(model, lower_ort_cpu(plan, weights, vnni=self.vnni, packed=packed))
             elif target in (Target.TRT, Target.TRT_RTX):
                 _rewrite(model, lower_tensorrt(plan, weights))
             elif target is Target.OPENVINO:

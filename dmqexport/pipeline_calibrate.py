@@ -46,6 +46,8 @@ STAGE_VERSIONS = {
     "row-bits": 4,
     "blocks": 1,
     "network": 3,
+    "trajectory-ends": 1,
+    "sampler": 1,
     "export": 2,
     "passes": 3,
     "compile": 1,

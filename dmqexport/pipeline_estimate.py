@@ -189,9 +189,13 @@ class _Estimator:
     def train(self) -> None:
         """Roughly: three forwards' worth for each sample of each step; trajectories are sampled and answered."""
         training = self.recipe.training
-        blocks, network = training.blocks, training.network
+        blocks, network, sampler = training.blocks, training.network, training.sampler
         samples = 3.0 * (network.iterations * network.batch_size + blocks.iterations * blocks.batch_size)
-        samples += training.trajectories * self.plan.steps * self.plan.halves * 2
+        whole = self.plan.steps * self.plan.halves
+        samples += training.trajectories * whole * 2
+        if sampler.iterations:
+            drawn = (4.0 if sampler.recompute else 3.0) * sampler.batch_size * sampler.iterations
+            samples += whole * (drawn + 9 * sampler.held_out + 2 * training.trajectories)
         memory = self.resident + 4 * self.weights + 32 * TORCH_SHARE * self.cost.live_bytes
         self.add("train", 0, samples, memory, self.weights + self.cost.weights)
 

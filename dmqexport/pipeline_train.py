@@ -1,6 +1,7 @@
 """Training stages between the plan and the graphs: block by block, then the network as a whole."""
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -24,7 +25,7 @@ from dmqexport.quant_types import MAX_BITS
 from dmqexport.recipe_training import RatesRecipe
 from dmqexport.workspace import StageRecord
 
-_TRAINING_SEED = 2_000_000  # far from those of calibration and of evaluation
+TRAINING_SEED = 2_000_000  # far from those of calibration and of evaluation
 _WHOLE_TRAJECTORIES = 512  # kept call by call; of more trajectories, as many calls in all
 _TARGET_PARTS = 64
 _STATE = "state.safetensors"
@@ -51,7 +52,7 @@ class Training(RowAllocating):
 
         def build(folder: Path) -> None:
             progress, ranks = self.workspace.reporter.progress, self.workspace.ranks
-            seed = _TRAINING_SEED + recipe.seed * 100_003
+            seed = TRAINING_SEED + recipe.seed * 100_003
             with self.workspace.partial("training-set", key) as scratch:
                 parts = self.sampled(
                     scratch, count, prompts, seed, stride, lambda done, total: progress(done, 2 * total)
@@ -140,7 +141,7 @@ class Training(RowAllocating):
             "version": STAGE_VERSIONS["blocks"],
             "plan": self.planned.fingerprint,
             "data": self.training_trajectories.fingerprint,
-            "options": self._shared_options(),
+            "options": self.shared_options(),
             "blocks": blocks.model_dump(mode="json"),
             "seed": self.recipe.seed,
         }
@@ -148,8 +149,8 @@ class Training(RowAllocating):
             key["rank"] = training.network.rank
 
         def build(folder: Path) -> None:
-            options = self._options(blocks.weights, training.network.rank, blocks.rates)
-            with self._trainable(self.planned, options) as model, self.workspace.partial("blocks", key) as scratch:
+            options = self.train_options(blocks.weights, training.network.rank, blocks.rates)
+            with self.trainable(self.planned, options) as model, self.workspace.partial("blocks", key) as scratch:
                 result = distill_blocks(
                     self.model.denoiser,
                     model,
@@ -167,7 +168,7 @@ class Training(RowAllocating):
                     ranks=self.workspace.ranks,
                 )
                 if self.workspace.ranks.rank == 0:
-                    _save(model, folder)
+                    save_trained(model, folder)
                     document = [asdict(block) for block in result.blocks]
                     (folder / "blocks.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
@@ -182,7 +183,7 @@ class Training(RowAllocating):
             "version": STAGE_VERSIONS["network"],
             "plan": before.fingerprint,
             "data": self.training_trajectories.fingerprint,
-            "options": self._shared_options(),
+            "options": self.shared_options(),
             "network": network.model_dump(mode="json"),
             "step_weights": [values.tolist() for values in self.step_weights],
             "seed": self.recipe.seed,
@@ -190,9 +191,9 @@ class Training(RowAllocating):
 
         def build(folder: Path) -> None:
             weights, shares = self.step_weights
-            options = self._options(network.weights, network.rank, network.rates)
+            options = self.train_options(network.weights, network.rank, network.rates)
             targets = load_file(str(self.training_trajectories.path / "targets.safetensors"))["targets"]
-            with self._trainable(before, options) as model, self.workspace.partial("network", key) as scratch:
+            with self.trainable(before, options) as model, self.workspace.partial("network", key) as scratch:
                 if self._continues:
                     model.adopt_weights(load_file(str(before.path / _STATE)))
                 result = distill_network(
@@ -216,7 +217,7 @@ class Training(RowAllocating):
                 )
                 model.harden()
                 if self.workspace.ranks.rank == 0:
-                    _save(model, folder)
+                    save_trained(model, folder)
                     document = {"first_loss": result.first, "last_loss": result.last, "losses": result.losses}
                     (folder / "network.json").write_text(json.dumps(document), encoding="utf-8")
 
@@ -240,11 +241,13 @@ class Training(RowAllocating):
             return None
         return [name for name in model.layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
-    def _trainable(self, record: StageRecord, options: TrainOptions) -> Any:
+    def trainable(self, record: StageRecord, options: TrainOptions) -> AbstractContextManager[TrainableModel]:
+        """The denoiser with the planned layers of a stage's plan made trainable, inside a with block."""
         plan, weights = QuantPlan.load(record.path), QuantWeights(record.path / WEIGHT_CODES)
         return trainable(self.model.denoiser, plan, weights, self.probe_result, options)
 
-    def _options(self, weights: Any, rank: int, rates: RatesRecipe) -> TrainOptions:
+    def train_options(self, weights: Any, rank: int, rates: RatesRecipe) -> TrainOptions:
+        """What a stage trains: its own weights and rates, and what all stages share."""
         training = self.recipe.training
         return TrainOptions(
             weights=weights,
@@ -255,7 +258,8 @@ class Training(RowAllocating):
             rates=Rates(**rates.model_dump()),
         )
 
-    def _shared_options(self) -> dict[str, Any]:
+    def shared_options(self) -> dict[str, Any]:
+        """The recipe's keys that every training stage depends on."""
         return self.recipe.training.model_dump(mode="json", include={"activations", "weight_scales", "biases"})
 
     def _answer(self, inputs: Any) -> Tensor:
@@ -263,7 +267,7 @@ class Training(RowAllocating):
         return self.model.family.call(self.model.denoiser, inputs)
 
 
-def _save(model: TrainableModel, folder: Path) -> None:
+def save_trained(model: TrainableModel, folder: Path) -> None:
     """Plan, codes, and the training state from which a later stage goes on."""
     plan, codes = model.freeze()
     plan.save(folder)

@@ -70,6 +70,24 @@ class NetworkTrainingRecipe(Section):
     rates: RatesRecipe = RatesRecipe()
 
 
+class SamplerTrainingRecipe(Section):
+    """Training through the sampler: whole trajectories are drawn, and what counts is where they end."""
+
+    iterations: int = Field(default=0, ge=0, description="0 leaves the stage out")
+    batch_size: int = Field(default=4, ge=1, description="trajectories")
+    held_out: int = Field(
+        default=32, ge=1, description="trajectories that judge; of eight states the one that draws them best is kept"
+    )
+    weights: Literal["none", "full", "rounding", "adapter"] = Field(
+        default="full", description="what moves in a weight"
+    )
+    rank: int = Field(default=32, ge=1, description="of adapters")
+    recompute: bool = Field(
+        default=False, description="keep one call's activations instead of all steps', for a third more time"
+    )
+    rates: RatesRecipe = RatesRecipe()
+
+
 class TrainingRecipe(Section):
     """What is trained after calibration; everything trained comes out as codes, tables and biases."""
 
@@ -84,6 +102,7 @@ class TrainingRecipe(Section):
     )
     blocks: BlockTrainingRecipe = BlockTrainingRecipe()
     network: NetworkTrainingRecipe = NetworkTrainingRecipe()
+    sampler: SamplerTrainingRecipe = SamplerTrainingRecipe()
 
     @property
     def max_ram_bytes(self) -> int | None:
@@ -93,4 +112,4 @@ class TrainingRecipe(Section):
     @property
     def trains(self) -> bool:
         """Whether any stage has iterations."""
-        return self.blocks.iterations > 0 or self.network.iterations > 0
+        return self.blocks.iterations > 0 or self.network.iterations > 0 or self.sampler.iterations > 0

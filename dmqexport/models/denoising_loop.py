@@ -4,7 +4,8 @@ It does what diffusers pipelines do between encoding the prompt and decoding the
 float trajectory comes out right for any family.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,31 +41,48 @@ class DenoisingLoop(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
         unguided half, None for models that take no classifier-free guidance.
         """
         family, scheduler = self._family, self.scheduler
-        denoiser = getattr(self, family.component)
         guided = guidance_scale > 1 and null_conditions is not None
         noise = [torch.randn(shape, generator=one) for one in generator]
         latents = torch.stack(noise) * getattr(scheduler, "init_noise_sigma", 1.0)
         every = dict(conditions)
         if guided and null_conditions is not None:
             every = {name: torch.cat([null_conditions[name], value]) for name, value in conditions.items()}
-        self._set_timesteps(num_inference_steps, shape)
+        extra = {"generator": generator} if type(scheduler).__name__ in ("DDPMScheduler", "LCMScheduler") else {}
+        call = partial(family.call, getattr(self, family.component))
+        latents = self.denoise(latents, every, num_inference_steps, guidance_scale if guided else None, call, **extra)
+        return ImagePipelineOutput(images=latents)
+
+    def denoise(
+        self,
+        latents: Tensor,
+        conditions: Mapping[str, Tensor],
+        steps: int,
+        guidance: float | None,
+        call: Callable[[Mapping[str, Tensor]], Tensor],
+        **extra: Any,
+    ) -> Tensor:
+        """Finished latents, [batch, ...], from those of the first step; differentiable where `call` is.
+
+        conditions: [batch, ...], or [2 batch, ...], the unguided half first, when `guidance` is given; call: the
+        denoiser, from its inputs by name; extra: what the scheduler's steps take beyond their three arguments.
+        """
+        family, scheduler = self._family, self.scheduler
+        self._set_timesteps(steps, tuple(latents.shape[1:]))
         for t in self.progress_bar(scheduler.timesteps):
-            model_input = torch.cat([latents, latents]) if guided else latents
+            model_input = latents if guidance is None else torch.cat([latents, latents])
             if hasattr(scheduler, "scale_model_input"):
                 model_input = scheduler.scale_model_input(model_input, t)
             timestep = torch.as_tensor(t).reshape(1).expand(len(model_input))
             if family.timestep_scale != 1.0:
                 timestep = timestep / family.timestep_scale
-            inputs = {family.input_names[0]: model_input, "timestep": timestep, **every}
-            prediction = family.call(denoiser, inputs)
+            prediction = call({family.input_names[0]: model_input, "timestep": timestep, **conditions})
             if family.prediction_channels is not None:
                 prediction = prediction[:, : family.prediction_channels]
-            if guided:
+            if guidance is not None:
                 without, with_condition = prediction.chunk(2)
-                prediction = without + guidance_scale * (with_condition - without)
-            extra = {"generator": generator} if type(scheduler).__name__ in ("DDPMScheduler", "LCMScheduler") else {}
+                prediction = without + guidance * (with_condition - without)
             latents = scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
-        return ImagePipelineOutput(images=latents)
+        return latents
 
     def _set_timesteps(self, steps: int, shape: tuple[int, ...]) -> None:
         config = self.scheduler.config

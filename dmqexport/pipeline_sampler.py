@@ -1,0 +1,191 @@
+"""The last training stage: through the sampler, on where whole trajectories end."""
+
+import copy
+import json
+from collections.abc import Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from calib.network_distill import guidance_pairs
+from calib.sampling import CalibrationSet
+from calib.trajectory_distill import distill_trajectories, first_calls
+from dmqexport.errors import RecipeError
+from dmqexport.models.denoising_loop import DenoisingLoop
+from dmqexport.models.sampling import sample_images
+from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.pipeline_parts import make_parts
+from dmqexport.pipeline_train import TRAINING_SEED, Training, save_trained
+from dmqexport.workspace import StageRecord
+
+#: Of the latents' own size: how far the loop that is trained through may be from the pipeline it stands for.
+_REPLAYED = 1e-3
+
+
+class SamplerTraining(Training):
+    """Calibration and training, the sampler's stage last."""
+
+    @property
+    def trained_plan(self) -> StageRecord:
+        """The last stage that made a plan."""
+        return self.sampler_trained if self.recipe.training.sampler.iterations else super().trained_plan
+
+    @cached_property
+    def trajectory_ends(self) -> StageRecord:
+        """First calls of float trajectories, `starts.safetensors`, and what they end in, `finished.safetensors`."""
+        recipe = self.recipe
+        count = recipe.training.trajectories
+        prompts = self.prompts_for(count)
+        key = {
+            **self.base_key("trajectory-ends"),
+            "version": STAGE_VERSIONS["trajectory-ends"],
+            "prompts": prompts,
+            "size": count,
+            "seed": recipe.seed,
+        }
+
+        def build(folder: Path) -> None:
+            ranks, batch = self.workspace.ranks, self.batch_size
+            first_seed = TRAINING_SEED + recipe.seed * 100_003
+
+            def make(number: int, path: Path) -> None:
+                start, stop = number * batch, min((number + 1) * batch, count)
+                result = sample_images(
+                    self.model,
+                    list(prompts[start:stop]) or None,
+                    [first_seed + index for index in range(start, stop)],
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    batch_size=batch,
+                    record=True,
+                )
+                assert result.calibration is not None
+                data = result.calibration.renumbered(start)
+                starts = data.at(torch.nonzero(data.step == 0).flatten())
+                with torch.no_grad():
+                    finished = self._replay(data, starts)
+                starts.save(path.with_suffix(".starts"))
+                save_file({"finished": finished.contiguous()}, str(path))
+
+            with self.workspace.partial("trajectory-ends", key) as scratch:
+                progress = self.workspace.reporter.progress
+                parts = make_parts(ranks, scratch, f"by-{batch}", -(-count // batch), make, progress)
+                if ranks.rank == 0:
+                    pieces = [CalibrationSet.load(part.with_suffix(".starts")) for part in parts]
+                    CalibrationSet.concatenate(pieces).save(folder / "starts.safetensors")
+                    finished = torch.cat([load_file(str(part))["finished"] for part in parts])
+                    save_file({"finished": finished}, str(folder / "finished.safetensors"))
+
+        return self.workspace.stage("trajectory-ends", key, build, shared=True)
+
+    @cached_property
+    def sampler_trained(self) -> StageRecord:
+        """Plan and codes after training through the sampler; those before it when no trial was better."""
+        sampler = self.recipe.training.sampler
+        before = super().trained_plan
+        key = {
+            "version": STAGE_VERSIONS["sampler"],
+            "plan": before.fingerprint,
+            "data": self.trajectory_ends.fingerprint,
+            "options": self.shared_options(),
+            "sampler": sampler.model_dump(mode="json", exclude={"recompute"}),
+            "seed": self.recipe.seed,
+        }
+
+        def build(folder: Path) -> None:
+            starts = CalibrationSet.load(self.trajectory_ends.path / "starts.safetensors")
+            finished = load_file(str(self.trajectory_ends.path / "finished.safetensors"))["finished"]
+            options = self.train_options(sampler.weights, sampler.rank, sampler.rates)
+            with self.trainable(before, options) as model, self.workspace.partial("sampler", key) as scratch:
+                result = distill_trajectories(
+                    model,
+                    starts,
+                    finished,
+                    self._finish,
+                    names=None,
+                    iterations=sampler.iterations,
+                    batch_size=sampler.batch_size,
+                    held_out=sampler.held_out,
+                    seed=self.recipe.seed,
+                    checkpoint=scratch / "checkpoint.pt",
+                    progress=self.workspace.reporter.progress,
+                    ranks=self.workspace.ranks,
+                )
+                model.harden()
+                if self.workspace.ranks.rank == 0:
+                    save_trained(model, folder)
+                    document = {"kept": result.kept, "held_out_db": result.held_out, "losses": result.losses}
+                    (folder / "sampler.json").write_text(json.dumps(document), encoding="utf-8")
+
+        return self.workspace.stage("sampler", key, build, shared=True)
+
+    def _finish(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Draw whole trajectories from the inputs of their first calls, with a gradient where one is asked for."""
+        return self._draw(inputs, [])
+
+    def _draw(self, inputs: Mapping[str, Tensor], seen: list[Tensor]) -> Tensor:
+        """As `_finish`; `seen` receives what every call gets as its sample."""
+        family = self.model.family
+        sample = family.input_names[0]
+        guided = self._guided(inputs)
+        count = len(inputs[sample]) // (2 if guided else 1)
+        loop = DenoisingLoop(family, self.model.denoiser, copy.deepcopy(self.model.pipeline.scheduler))
+        loop.set_progress_bar_config(disable=True)
+        answer = partial(family.call, self.model.denoiser)
+
+        def call(named: Mapping[str, Tensor]) -> Tensor:
+            seen.append(named[sample].detach())
+            if self.recipe.training.sampler.recompute and torch.is_grad_enabled():
+                found: Tensor = checkpoint(answer, named, use_reentrant=False)
+                return found
+            return answer(named)
+
+        return loop.denoise(
+            inputs[sample][:count],
+            {name: value for name, value in inputs.items() if name not in (sample, "timestep")},
+            self.steps,
+            self.guidance if guided else None,
+            call,
+        )
+
+    def _guided(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether the first half of a batch is the unguided one of the second: they start from the same noise."""
+        sample = inputs[self.model.family.input_names[0]]
+        half = len(sample) // 2
+        return self.guidance > 1 and len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])
+
+    def _replay(self, data: CalibrationSet, starts: CalibrationSet) -> Tensor:
+        """What the float trajectories in `data` end in; RecipeError when the loop does not draw what the pipeline drew.
+
+        A sampler that adds noise on the way, scales its input, or changes the prediction in a way of its own cannot be
+        trained through.
+        """
+        seen: list[Tensor] = []
+        finished = self._draw(first_calls(starts, guidance_pairs(starts)), seen)
+        sample = self.model.family.input_names[0]
+        for step, found in enumerate(seen):
+            at = data.at(torch.nonzero(data.step == step).flatten())
+            expected = first_calls(at, guidance_pairs(at))[sample] if len(at) else found[:0]
+            apart = _distance(found, expected)
+            if not apart < _REPLAYED:
+                scheduler = type(self.model.pipeline.scheduler).__name__
+                raise RecipeError(
+                    f"training.sampler: {type(self.model.pipeline).__name__} with {scheduler} draws otherwise than a "
+                    f"plain loop over the scheduler's steps: {apart:.2g} of the latents' size apart at call {step}",
+                    hint="it takes a scheduler without noise of its own and without scaled inputs, such as ddim, "
+                    "dpmsolver++ or a flow-matching one; or --set training.sampler.iterations=0",
+                )
+        return finished
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Root of the squared distance by that of the expected; infinite when shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    power: Any = expected.double().square().sum().clamp_min(1e-20)
+    return float(((found.double() - expected.double()).square().sum() / power).sqrt())

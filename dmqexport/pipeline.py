@@ -101,8 +101,10 @@ class Build(SamplerTraining):
 
     @cached_property
     def vnni(self) -> bool:
-        """Whether the graph for this machine's CPU may rely on VNNI; False for every other processor."""
+        """Whether the graph for this machine's CPU may rely on VNNI; False for others, and without integer products."""
         lowering, target = self.recipe.lowering, self.recipe.target
+        if not self.plan.activations():
+            return False
         if target is not Target.ORT_CPU and not (target is Target.OPENVINO and lowering.openvino_device == "CPU"):
             return False
         return cpu_has_vnni() if lowering.cpu_isa == "auto" else lowering.cpu_isa == "vnni"

@@ -257,7 +257,7 @@ class ReportBuilder:
         counts: dict[str, Counter[str]] = {}
         planned = {node for nodes in build.compute_nodes.values() for node in nodes}
         types = {node: self.graph_compute[name] for name, nodes in build.compute_nodes.items() for node in nodes}
-        heavy = {"Conv", "MatMul", "Gemm", *_INTEGER_OPS}
+        heavy = {"Conv", "MatMul", "Gemm", "MatMulNBits", *_INTEGER_OPS}
         for node in ir.load(build.deployed_graph).graph:
             if node.op_type in heavy:
                 kind = types[str(node.name)] if node.name in planned else "float32"

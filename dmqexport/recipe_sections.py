@@ -172,5 +172,10 @@ class LoweringRecipe(Section):
     cpu_isa: Literal["auto", "portable", "vnni"] = Field(
         default="auto", description="auto: signed weights if this CPU has VNNI; portable: exact on every x86 CPU"
     )
+    weight_only: Literal["expanded", "packed"] = Field(
+        default="expanded",
+        description="ort-cpu, layers with float activations: weights expanded when the session is created, which is "
+        "fastest, or kept packed in memory by MatMulNBits",
+    )
     max_batch: int = Field(default=8, ge=1, description="largest batch of TensorRT profiles, and of OpenVINO's proof")
     openvino_device: Literal["CPU", "GPU", "NPU"] = "CPU"

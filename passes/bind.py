@@ -9,7 +9,7 @@ from dmqexport.quant_plan import LayerOp, QuantPlan
 from passes.base import Role, module_of, role_of, segment_of
 
 _LOWERED = ("MatMulIntegerToFloat", "ConvInteger")
-_OPS = {LayerOp.CONV: ("Conv", *_LOWERED), LayerOp.LINEAR: ("MatMul", "Gemm", *_LOWERED)}
+_OPS = {LayerOp.CONV: ("Conv", *_LOWERED), LayerOp.LINEAR: ("MatMul", "Gemm", "MatMulNBits", *_LOWERED)}
 
 
 @dataclass(frozen=True, eq=False)

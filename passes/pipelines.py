@@ -11,6 +11,7 @@ from passes.keep_boundary_8bit import KeepBoundary8Bit
 from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO
 from passes.lower.ort_cpu import LowerOrtCpu
 from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
+from passes.lower.weight_only import LowerWeightOnly
 from passes.row_group_norm import RowGroupNorm
 from passes.split_concat import SplitConcat
 from passes.unpad_shifted import UnpadShifted
@@ -35,9 +36,13 @@ def canonical(plan: QuantPlan, weights: QuantWeights, narrow_boundary: frozenset
     )
 
 
-def lower_ort_cpu(plan: QuantPlan, weights: QuantWeights, *, vnni: bool) -> ir.passes.Sequential:
-    """Canonical graph to the fast graph for ONNX Runtime on CPU."""
-    return ir.passes.Sequential(LowerOrtCpu(plan, weights, vnni=vnni), *float_ort_cpu().passes)
+def lower_ort_cpu(plan: QuantPlan, weights: QuantWeights, *, vnni: bool, packed: bool = False) -> ir.passes.Sequential:
+    """Canonical graph to the fast graph for ONNX Runtime on CPU; packed: see `LowerWeightOnly`."""
+    return ir.passes.Sequential(
+        LowerOrtCpu(plan, weights, vnni=vnni),
+        LowerWeightOnly(plan, weights, packed=packed),
+        *float_ort_cpu().passes,
+    )
 
 
 def float_ort_cpu() -> ir.passes.Sequential:

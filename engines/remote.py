@@ -72,7 +72,7 @@ class RemoteRunner:
             raise EngineError(f"server address {url!r}: host:port is enough", hint="e.g. localhost:8000")
         self._vendor = _vendor(protocol)
         self._clients = threading.local()  # the HTTP client must not be shared by threads
-        metadata = self._persist(lambda client: client.get_model_metadata(model, version))
+        metadata = self._persist(lambda client: client.get_model_metadata(model, version, **self._limit()))
         inputs, outputs = _signature(metadata)
         self._inputs = inputs
         self._binary = protocol is Protocol.GRPC or self._takes_binary()
@@ -90,9 +90,8 @@ class RemoteRunner:
         names = list(outputs) if outputs is not None else list(self.output_names)
         sent = [self._input(name, inputs[name]) for name in self.input_names]
         asked = [self._vendor.InferRequestedOutput(name, **self._form()) for name in names]
-        timeout = {"client_timeout": self.patience.timeout_s} if self.protocol is Protocol.GRPC else {}
         answer = self._persist(
-            lambda client: client.infer(self.model, sent, model_version=self.version, outputs=asked, **timeout)
+            lambda client: client.infer(self.model, sent, model_version=self.version, outputs=asked, **self._limit())
         )
         values = {name: answer.as_numpy(name) for name in names}
         absent = [name for name, value in values.items() if value is None]
@@ -103,6 +102,10 @@ class RemoteRunner:
     def _takes_binary(self) -> bool:
         """Whether the server knows tensors as bytes over HTTP; JSON, which is always there, keeps float32 exactly."""
         return "binary_tensor_data" in self._persist(lambda client: client.get_server_metadata()).get("extensions", ())
+
+    def _limit(self) -> dict[str, float]:
+        """How long a call may take: gRPC is told with each one, an HTTP client once (see `_client`)."""
+        return {"client_timeout": self.patience.timeout_s} if self.protocol is Protocol.GRPC else {}
 
     def _form(self) -> dict[str, bool]:
         return {"binary_data": self._binary} if self.protocol is Protocol.HTTP else {}

@@ -2,8 +2,9 @@
 
 import copy
 import json
-from collections.abc import Mapping
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,22 @@ class SamplerTraining(Training):
 
             def make(number: int, path: Path) -> None:
                 start, stop = number * batch, min((number + 1) * batch, count)
-                result = sample_images(
-                    self.model,
-                    list(prompts[start:stop]) or None,
-                    [first_seed + index for index in range(start, stop)],
-                    steps=self.steps,
-                    guidance=self.guidance,
-                    batch_size=batch,
-                    record=True,
-                )
+                with _last_step(self.model.pipeline.scheduler) as ends:
+                    result = sample_images(
+                        self.model,
+                        list(prompts[start:stop]) or None,
+                        [first_seed + index for index in range(start, stop)],
+                        steps=self.steps,
+                        guidance=self.guidance,
+                        batch_size=batch,
+                        record=True,
+                    )
                 assert result.calibration is not None
                 data = result.calibration.renumbered(start)
                 starts = data.at(torch.nonzero(data.step == 0).flatten())
-                with torch.no_grad():
-                    finished = self._replay(data, starts)
+                finished = ends[-1]
+                if number == 0:
+                    self._check_replay(data, starts, finished)
                 starts.save(path.with_suffix(".starts"))
                 save_file({"finished": finished.contiguous()}, str(path))
 
@@ -159,28 +162,47 @@ class SamplerTraining(Training):
         half = len(sample) // 2
         return self.guidance > 1 and len(sample) % 2 == 0 and torch.equal(sample[:half], sample[half:])
 
-    def _replay(self, data: CalibrationSet, starts: CalibrationSet) -> Tensor:
-        """What the float trajectories in `data` end in; RecipeError when the loop does not draw what the pipeline drew.
+    def _check_replay(self, data: CalibrationSet, starts: CalibrationSet, finished: Tensor) -> None:
+        """RecipeError when the loop that is trained through does not draw what the pipeline drew, call by call.
 
         A sampler that adds noise on the way, scales its input, or changes the prediction in a way of its own cannot be
         trained through.
         """
         seen: list[Tensor] = []
-        finished = self._draw(first_calls(starts, guidance_pairs(starts)), seen)
+        with torch.no_grad():
+            found = self._draw(first_calls(starts, guidance_pairs(starts)), seen)
         sample = self.model.family.input_names[0]
-        for step, found in enumerate(seen):
-            at = data.at(torch.nonzero(data.step == step).flatten())
-            expected = first_calls(at, guidance_pairs(at))[sample] if len(at) else found[:0]
-            apart = _distance(found, expected)
+        calls = [data.at(torch.nonzero(data.step == step).flatten()) for step in range(len(seen))]
+        expected = [first_calls(at, guidance_pairs(at))[sample] if len(at) else seen[0][:0] for at in calls]
+        for step, (own, other) in enumerate(zip([*seen, found], [*expected, finished], strict=True)):
+            apart = _distance(own, other)
             if not apart < _REPLAYED:
                 scheduler = type(self.model.pipeline.scheduler).__name__
                 raise RecipeError(
                     f"training.sampler: {type(self.model.pipeline).__name__} with {scheduler} draws otherwise than a "
-                    f"plain loop over the scheduler's steps: {apart:.2g} of the latents' size apart at call {step}",
+                    f"plain loop over the scheduler's steps: {apart:.2g} of the latents' size apart before step {step}",
                     hint="it takes a scheduler without noise of its own and without scaled inputs, such as ddim, "
                     "dpmsolver++ or a flow-matching one; or --set training.sampler.iterations=0",
                 )
-        return finished
+
+
+@contextmanager
+def _last_step(scheduler: Any) -> Iterator[list[Tensor]]:
+    """What the scheduler's latest step gave, in a list of one, while a pipeline draws."""
+    ends: list[Tensor] = []
+    original = scheduler.step
+
+    @wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = original(*args, **kwargs)
+        ends[:] = [given[0]]
+        return given
+
+    scheduler.step = step
+    try:
+        yield ends
+    finally:
+        del scheduler.step
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from calib.sampling import CalibrationSet
 from dmqexport.quant_plan import PLAN_JSON
 from tests.command_line import build, refused
 
@@ -106,3 +108,16 @@ def test_as_many_held_out_as_there_are_leaves_nothing_to_train_on(tiny_text: Pat
     assert answer.code != 0
     assert "Traceback" not in answer.err
     assert "training.sampler.held_out" in answer.err
+
+
+def test_the_ends_are_the_pipelines_own(whole: Path) -> None:
+    """What the scheduler's last step gave; the tiny model has no step after it that is trained through."""
+    (folder,) = (whole / "work").glob("trajectory-ends-*")
+    starts = CalibrationSet.load(folder / "starts.safetensors")
+    finished = load_file(str(folder / "finished.safetensors"))["finished"]
+    assert len(finished) == 6
+    assert len(starts) == 12, "both guidance halves"
+    assert starts.step.unique().tolist() == [0]
+    noise = starts.inputs["sample"].reshape(6, 2, *finished.shape[1:])
+    assert torch.equal(noise[:, 0], noise[:, 1])
+    assert float((finished - noise[:, 0]).square().mean()) > 0.1, "the noise is gone"

@@ -95,7 +95,7 @@ def _refusal(option: str, limit: int, needed: int, found: Estimate, recipe: Reci
     if option == "--max-ram" and recipe.target.value == "trt-rtx":
         hints.append("--target onnx builds no engine")
     if option == "--max-ram" and recipe.training.trains:
-        hints.append("--recipe fast trains nothing")
+        hints.append("--recipe default trains nothing")
     return ResourceError(
         f"{option} is {size(limit)}, and this build is estimated to need {size(needed)}: {where}",
         hint="; ".join(hints) + "; --dry-run shows every stage",

@@ -20,8 +20,14 @@ def print_bench(result: Mapping[str, Any]) -> None:
     print(f"ratio of minima {result['minimum_ratio']:.3f}, of processor time {result['processor_ratio']:.3f}")
     trajectory = result["trajectory"]
     print(
-        f"trajectory of {trajectory['steps']} calls: fp32 {trajectory['fp32_ms']:.1f} ms, quantized "
-        f"{trajectory['quantized_ms']:.1f} ms, ratio {trajectory['ratio']:.3f}"
+        f"trajectory of {trajectory['steps']} calls, {trajectory['pictures']:g} pictures: "
+        f"fp32 {trajectory['fp32_ms']:.1f} ms, quantized {trajectory['quantized_ms']:.1f} ms, "
+        f"ratio {trajectory['ratio']:.3f}"
+    )
+    mixed = result["mixed"]
+    print(
+        f"a batch of {mixed['rows']} table rows: fp32 {mixed['fp32_ms']:.2f} ms, quantized "
+        f"{mixed['quantized_ms']:.2f} ms, ratio {mixed['ratio']:.3f}"
     )
     head = ("runtime", "precision", "median", "least", "ratio", "peak memory")
     rows = [
@@ -36,6 +42,11 @@ def print_bench(result: Mapping[str, Any]) -> None:
         for row in result["runtimes"]
     ]
     print(columns([head, *rows]))
+    for row in result["runtimes"]:
+        if row["note"]:
+            print(f"{row['runtime']} {row['precision']}: {row['note']}")
+    for row in result["left_out"]:
+        print(f"{row['runtime']} {row['precision']} left out: {row['reason']}")
     slower = sorted((row for row in result["layers"] if (row["ratio"] or 0) > 1), key=lambda row: -row["quantized_ms"])
     if result["layers"]:
         print(f"{len(slower)} of {len(result['layers'])} layers are slower than in float, quantizers and all:")

@@ -105,7 +105,7 @@ def bench(
     ] = None,
     work: WorkOption = None,
     details: Annotated[
-        bool, typer.Option("--details", help="Also other runtimes, memory, a trajectory, layers and operators.")
+        bool, typer.Option("--details", help="Also other runtimes, half precision, memory, layers, a trajectory.")
     ] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the details there, as JSON.")

@@ -26,7 +26,7 @@ import numpy as np
 from dmqexport.errors import BackendMissingError, EngineError, ResourceError
 from engines.ort import available_cores
 from engines.runner import Arrays
-from engines.trt_standalone import LayerProof, describe
+from engines.trt_layers import LayerProof, describe
 
 IR_XML = "model.xml"
 IR_BIN = "model.bin"
@@ -41,7 +41,10 @@ _FLOAT_HINT = "INFERENCE_PRECISION_HINT"  # without it a CPU with bfloat16 round
 
 @dataclass(frozen=True)
 class ExecutedLayer:
-    """One node of the runtime model. inputs: element types of its operands, in order; sources: names before fusion."""
+    """One node of the runtime model. inputs: element types of its operands, in order; sources: names before fusion.
+
+    shapes: of its operands; result: of its output.
+    """
 
     name: str
     kind: str
@@ -49,6 +52,8 @@ class ExecutedLayer:
     inputs: tuple[str, ...]
     output: str
     sources: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
+    result: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,12 @@ def devices() -> tuple[str, ...]:
     return () if version() is None else tuple(_core().available_devices)
 
 
+def float_types(device: str) -> tuple[str, ...]:
+    """Types narrower than float32 that `device` computes float networks in, as `OpenVinoRunner` takes them."""
+    found = _core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    return tuple(hint for hint, name in (("bf16", "BF16"), ("f16", "FP16")) if name in found)
+
+
 def check_device(device: str) -> None:
     """Raise BackendMissingError, naming what there is, unless OpenVINO and `device` are here."""
     if version() is None:
@@ -101,10 +112,13 @@ class OpenVinoRunner:
         device: str = "CPU",
         threads: int | None = None,
         expected: Mapping[str, Sequence[str]] | None = None,
+        precision: str = "f32",
+        counting: bool = False,
     ) -> None:
         """Load an IR (`model.xml`) or an ONNX graph. threads (CPU only): None takes every core the process may use.
 
-        expected: layer → its nodes that must run in int8, proven anew for every shape that is compiled.
+        expected: layer → its nodes that must run in int8, proven anew for every shape that is compiled. precision: what
+        the CPU computes in where nothing is quantized, one of `float_types`. counting: `counters` will be asked for.
         Raises BackendMissingError without OpenVINO or the device, EngineError when the network does not load.
         """
         check_device(device)
@@ -115,10 +129,12 @@ class OpenVinoRunner:
         self._options: dict[str, Any] = {}
         if device == "CPU":
             self._options = {
-                _FLOAT_HINT: "f32",
+                _FLOAT_HINT: precision,
                 "NUM_STREAMS": 1,
                 "INFERENCE_NUM_THREADS": threads or available_cores(),
             }
+        if counting:
+            self._options["PERF_COUNT"] = True
         self._requests: OrderedDict[tuple[tuple[int, ...], ...], Any] = OrderedDict()
         self._lock = threading.Lock()
         network = self._read()
@@ -148,6 +164,17 @@ class OpenVinoRunner:
         """What the device executes for inputs of these shapes: the runtime model, in order of execution."""
         with self._lock:
             return self._listed(self._request(shapes).get_compiled_model())
+
+    def counters(self, inputs: Arrays) -> dict[str, float]:
+        """Execute once; milliseconds of every node that was executed, by its name in `executed`."""
+        self.run(inputs)
+        with self._lock:
+            request = self._request({name: inputs[name].shape for name in self.input_names})
+            return {
+                node.node_name: node.real_time.total_seconds() * 1e3
+                for node in request.get_profiling_info()
+                if node.status == node.Status.EXECUTED
+            }
 
     def _request(self, shapes: Mapping[str, Sequence[int]]) -> Any:
         key = tuple(tuple(shapes[name]) for name in self.input_names)
@@ -228,8 +255,10 @@ def build_ir(
     )
 
 
-def open_ir(folder: Path, *, threads: int | None = None) -> OpenVinoRunner:
+def open_ir(folder: Path, *, threads: int | None = None, counting: bool = False) -> OpenVinoRunner:
     """The network that `build_ir` left in `folder`, with its precision proven wherever it is compiled.
+
+    counting: `counters` will be asked for.
 
     Raises BackendMissingError without OpenVINO or the device, EngineError where there is no such network.
     """
@@ -238,7 +267,7 @@ def open_ir(folder: Path, *, threads: int | None = None) -> OpenVinoRunner:
         device, expected = str(document["device"]), dict(document["expected"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{folder / IR_JSON} cannot be read: {error}", hint="build the engine again") from error
-    return OpenVinoRunner(folder / IR_XML, device=device, threads=threads, expected=expected)
+    return OpenVinoRunner(folder / IR_XML, device=device, threads=threads, expected=expected, counting=counting)
 
 
 def prove_int8(layers: Sequence[ExecutedLayer], expected: Mapping[str, Sequence[str]]) -> list[LayerProof]:
@@ -288,9 +317,17 @@ def _executed(compiled: Any) -> list[ExecutedLayer]:
                 inputs=tuple(_output_type(value.get_node(), value.get_index()) for value in operation.input_values()),
                 output=_output_type(operation, 0),
                 sources=tuple(about["originalLayersNames"].split(",")),
+                shapes=tuple(_extents(value) for value in operation.input_values()),
+                result=_extents(operation.output(0)) if operation.get_output_size() else (),
             )
         )
     return layers
+
+
+def _extents(value: Any) -> tuple[int, ...]:
+    """Shape of a tensor of the runtime model; empty where it depends on values."""
+    shape = value.get_partial_shape()
+    return tuple(shape.to_shape()) if shape.is_static else ()
 
 
 def _output_type(operation: Any, index: int) -> str:

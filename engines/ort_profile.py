@@ -16,12 +16,14 @@ from engines.runner import Arrays
 _BYTES = {"float": 4, "int64": 8, "int32": 4, "double": 8, "float16": 2, "uint8": 1, "int8": 1, "bool": 1}
 _PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
 _KERNEL = "_kernel_time"
+#: Operators whose time is that of the nodes inside them.
+_CONTAINERS = ("Loop", "If", "Scan")
 
 
 @dataclass(frozen=True)
 class NodeTime:
     """One executed node. ms: median of one run; operations: multiplications and additions of a product or convolution,
-    0 for others; traffic: bytes of all inputs and outputs, each counted once.
+    0 for others; traffic: bytes of all inputs and outputs, each counted once; operand: type of the first input.
     """
 
     name: str
@@ -30,6 +32,7 @@ class NodeTime:
     ms: float
     operations: int
     traffic: int
+    operand: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def profile_nodes(
     arguments: dict[str, dict[str, Any]] = {}
     for event in events:
         name = str(event.get("name", ""))
-        if event.get("cat") == "Node" and name.endswith(_KERNEL):
+        if event.get("cat") == "Node" and name.endswith(_KERNEL) and event["args"]["op_name"] not in _CONTAINERS:
             times.setdefault(name.removesuffix(_KERNEL), []).append(float(event["dur"]))
             arguments[name.removesuffix(_KERNEL)] = event["args"]
     return [_node(name, arguments[name], values[1:] or values) for name, values in times.items()]
@@ -111,7 +114,8 @@ def _node(name: str, arguments: Mapping[str, Any], durations: Sequence[float]) -
     elif outputs and op.endswith(("Conv", "ConvInteger")) and len(shapes) > 1:
         operations = 2 * math.prod(outputs[0][1]) * math.prod(shapes[1][1:])
     traffic = sum(_BYTES.get(kind, 4) * math.prod(shape) for kind, shape in inputs + outputs)
-    return NodeTime(name, op, shapes[:2], float(np.median(durations)) / 1e3, operations, traffic)
+    operand = inputs[0][0] if inputs else ""
+    return NodeTime(name, op, shapes[:2], float(np.median(durations)) / 1e3, operations, traffic, operand)
 
 
 def _tensors(described: Any) -> list[tuple[str, tuple[int, ...]]]:

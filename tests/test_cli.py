@@ -374,7 +374,12 @@ def test_bench_in_detail(plain_bundle: Built, tmp_path: Path) -> None:
     assert {layer["layer"] for layer in document["layers"] if layer["ratio"] is None} <= {"conv_out"}
     assert document["trajectory"]["steps"] > 1
     assert document["trajectory"]["fp32_ms"] > document["fp32_ms"]
-    assert {row["precision"] for row in document["runtimes"]} == {"fp32", "w8a8"}
+    measured = {(row["runtime"], row["precision"]) for row in document["runtimes"]}
+    assert {("onnxruntime", "fp32"), ("onnxruntime", "w8a8"), ("onnxruntime", "fp16"), ("openvino", "fp32")} <= measured
+    named = measured | {(row["runtime"], row["precision"]) for row in document["left_out"]}
+    assert {("openvino", "bf16"), ("openvino", "fp16"), ("tensorrt", "fp16")} <= named, "none is dropped silently"
+    assert all(row["reason"] for row in document["left_out"])
+    assert document["mixed"]["rows"] == 2
     assert any(row["op"] == "MatMulIntegerToFloat" for row in document["operators"]["quantized"])
     assert not any(row["op"] == "MatMulIntegerToFloat" for row in document["operators"]["fp32"])
     assert "<svg" in drawn.read_text(encoding="utf-8")

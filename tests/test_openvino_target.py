@@ -77,9 +77,12 @@ def test_the_verbs_take_the_bundle(bundles: dict[str, tuple[Path, Answer]], text
     drawn = dmqexport("run", path, "-o", tmp_path / "a.png", "-p", "a", "--steps", "2", "--threads", "1")
     assert drawn.code == 0, drawn.err
     arguments = ("--runs", "3", "--batch", "2", "--threads", "1", "--work", text_bundle.work, "--json")
-    timed = dmqexport("bench", path, *arguments)
+    timed = dmqexport("bench", path, *arguments, "--details")
     assert timed.code == 0, timed.err
     assert timed.json["ratio"] > 0
+    timed_layers = {layer["layer"] for layer in timed.json["layers"] if layer["ratio"]}
+    assert len(timed_layers) > len(timed.json["layers"]) / 2
+    assert "Convolution" in {row["op"] for row in timed.json["operators"]["quantized"]}
     assert "openvino" in dmqexport("doctor").out
 
 

@@ -7,31 +7,30 @@ from markupsafe import escape
 
 _WIDTH, _LEFT, _RIGHT, _BAR, _GAP, _TOP = 760, 330, 90, 14, 8, 34
 _FLOAT, _QUANTIZED = "#8a8a8a", "#1f5fa8"
+_FLOATS = ("fp32", "fp16", "bf16")
 _MOST_LAYERS = 20
 
 
 def bench_svg(document: Mapping[str, Any]) -> str:
     """An SVG document of what `dmqexport.bench.bench_bundle` returns with details: milliseconds to the right."""
     whole = [
-        (f"{row['runtime']} {row['precision']}", row["median_ms"], row["precision"] != "fp32")
+        (f"{row['runtime']} {row['precision']}", row["median_ms"], row["precision"] not in _FLOATS)
         for row in document["runtimes"]
     ]
-    trajectory = document["trajectory"]
-    steps = [
-        (f"{trajectory['steps']} steps, {side.removesuffix('_ms')}", trajectory[side], side == "quantized_ms")
-        for side in ("fp32_ms", "quantized_ms")
-    ]
+    mixed, trajectory = document["mixed"], document["trajectory"]
+    whole += _pair(f"{mixed['rows']} table rows", mixed)
+    steps = _pair(f"{trajectory['steps']} steps", trajectory)
     known = [row for row in document["layers"] if row["fp32_ms"] and row["quantized_ms"]]
     costly = sorted(known, key=lambda row: -float(row["fp32_ms"]))[:_MOST_LAYERS]
-    layers = [
-        (f"{row['layer']}, {side.removesuffix('_ms')}", row[side], side == "quantized_ms")
-        for row in costly
-        for side in ("fp32_ms", "quantized_ms")
-    ]
+    layers = [bar for row in costly for bar in _pair(row["layer"], row)]
     parts: list[str] = []
     y = 0
     title = f"batch {document['batch']}, {document['threads']} threads, ratio {document['ratio']:.3f}"
-    for heading, bars in ((f"One call: {title}", whole), ("A trajectory", steps), ("Costliest layers", layers)):
+    for heading, bars in (
+        (f"One call: {title}", whole),
+        (f"A trajectory: {trajectory['pictures']:g} pictures", steps),
+        ("Costliest layers", layers),
+    ):
         if bars:
             y = _section(parts, y, heading, bars)
     return "\n".join(
@@ -43,6 +42,11 @@ def bench_svg(document: Mapping[str, Any]) -> str:
             "</svg>\n",
         ]
     )
+
+
+def _pair(label: str, times: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
+    """The bars of float and quantized."""
+    return [(f"{label}, fp32", times["fp32_ms"], False), (f"{label}, quantized", times["quantized_ms"], True)]
 
 
 def _section(parts: list[str], y: int, heading: str, bars: Sequence[tuple[str, float, bool]]) -> int:

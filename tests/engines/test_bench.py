@@ -6,10 +6,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from dmqexport.report.bench_chart import bench_svg
+from dmqexport.report.bench_chart import _QUANTIZED, bench_svg
 from engines.bench import interleaved, interleaved_trajectories
 from engines.memory import peak_memory
+from engines.openvino_ir import OpenVinoRunner, float_types
+from engines.openvino_profile import profile_network
 from engines.ort import OrtRunner
+from engines.ort_half import half_computes_in, write_half
 from engines.ort_profile import NodeTime, by_layer, by_operator, profile_nodes
 
 PRODUCT = """<ir_version: 10, opset_import: ["" : 21]>
@@ -63,6 +66,30 @@ def test_the_profile_counts_arithmetic_and_traffic(tmp_path: Path) -> None:
     assert by_layer(nodes, ["layer"])["layer"] == pytest.approx(sum(node.ms for node in nodes))
 
 
+def test_openvinos_counters_tell_the_same_as_onnx_runtimes_profile(tmp_path: Path) -> None:
+    runner = OpenVinoRunner(graph(tmp_path, 2), threads=1, counting=True)
+    nodes = profile_network(runner, FEEDS, runs=3)
+    product = next(node for node in nodes if node.operations)
+    assert product.operations == 2 * 2048 * 64 * 32
+    assert product.traffic == 4 * (2048 * 64 + 64 * 32 + 2048 * 32)
+    assert product.operand == "f32"
+    assert by_layer(nodes, ["layer"])["layer"] >= product.ms > 0
+
+
+def test_half_precision_is_what_the_processor_computes_in(tmp_path: Path) -> None:
+    half = tmp_path / "half.onnx"
+    write_half(graph(tmp_path, 1), half)
+    exact = OrtRunner(graph(tmp_path, 1), threads=1).run(FEEDS)
+    found = OrtRunner(half, threads=1).run(FEEDS)
+    for name, value in exact.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-3)
+    assert half_computes_in(half, FEEDS, 1) in ("float16", "float")
+    assert half_computes_in(graph(tmp_path, 1), FEEDS, 1) == "float"
+    for kind in float_types("CPU"):
+        (narrow,) = OpenVinoRunner(graph(tmp_path, 1), threads=1, precision=kind).run(FEEDS).values()
+        np.testing.assert_allclose(narrow, next(iter(exact.values())), rtol=1e-2)
+
+
 def test_a_layer_has_the_nodes_of_its_name_and_no_others() -> None:
     named = {
         "a.conv/Conv": "a.conv", "a.conv#1/codes_u8_im2col/axis2_0": "a.conv", "a.conv2/Conv": "a.conv2",
@@ -89,10 +116,12 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
 def test_the_chart_draws_every_bar_and_escapes_names() -> None:
     document = {
         "batch": 2, "threads": 1, "ratio": 0.5, "layers": [{"layer": "a<b", "fp32_ms": 2.0, "quantized_ms": 1.0}],
-        "runtimes": [{"runtime": "onnxruntime", "precision": "fp32", "median_ms": 4.0}],
-        "trajectory": {"steps": 3, "fp32_ms": 12.0, "quantized_ms": 6.0},
+        "runtimes": [{"runtime": "onnxruntime", "precision": "bf16", "median_ms": 4.0}],
+        "mixed": {"rows": 2, "fp32_ms": 4.0, "quantized_ms": 3.0},
+        "trajectory": {"steps": 3, "pictures": 1.0, "fp32_ms": 12.0, "quantized_ms": 6.0},
     }  # fmt: skip
     drawn = bench_svg(document)
     assert "a&lt;b" in drawn
     assert "a<b" not in drawn
-    assert drawn.count("<rect") == 1 + 1 + 2 + 2
+    assert drawn.count("<rect") == 1 + 1 + 2 + 2 + 2
+    assert drawn.count(_QUANTIZED) == 3, "float in half precision is not quantized"

@@ -80,7 +80,8 @@ def export_float_graph(
 
 def save_model(model: ir.Model, path: Path) -> None:
     """Save, with external data beside the graph when the initializers are large."""
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    initializers = [value for graph in model.graphs() for value in graph.initializers.values()]
+    size = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
     if size > _INLINE_LIMIT:
         ir.save(model, path, external_data=f"{path.name}.data")
     else:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,18 +11,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
+from calib.sampling import TIMESTEP
 from dmqexport.bundle import GRAPH
 from dmqexport.errors import BackendMissingError, DmqExportError
 from dmqexport.onnx_export import OPSET, export_float_graph, save_model
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_sampler import SamplerTraining
+from dmqexport.pipeline_tune import HOST, KERNELS, OFF, Machine, tune
 from dmqexport.target import Target, cpu_has_vnni
+from dmqexport.tuning import cpu_model, read_timings
 from dmqexport.workspace import StageRecord
+from engines.ort import available_cores
+from engines.ort import version as ort_version
 from passes.bind import bind
-from passes.pipelines import canonical, float_cleanup, float_ort_cpu, lower_openvino, lower_ort_cpu, lower_tensorrt
+from passes.pipelines import (
+    canonical,
+    float_cleanup,
+    float_ort_cpu,
+    group_by_row,
+    lower_openvino,
+    lower_ort_cpu,
+    lower_tensorrt,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +125,45 @@ class Build(SamplerTraining):
         return cpu_has_vnni() if lowering.cpu_isa == "auto" else lowering.cpu_isa == "vnni"
 
     @cached_property
+    def tuned(self) -> dict[str, Any]:
+        """Layers that another kernel than the integer product suits better (`pipeline_tune.tune`), and who says so."""
+        mode = self.recipe.lowering.tune
+        if mode == OFF or self.recipe.target is not Target.ORT_CPU or not self.plan.activations():
+            return {"mode": OFF, "kernels": {}}
+        machine = Machine(self.vnni, self.recipe.validation.latency_batch, available_cores())
+        known = [cpu_model(), ort_version()] if mode == HOST else read_timings(Path(mode)).to_json()
+        key = {
+            "version": STAGE_VERSIONS["tuning"],
+            "plan": self.plan.fingerprint,
+            "codes": self.trained_plan.fingerprint,
+            "export": self.exported.fingerprint,
+            "timings": known,
+            "circumstances": machine.circumstances,
+        }
+
+        def build(folder: Path) -> None:
+            model = self._canonical()
+            examples = self.model.example_inputs(batch=machine.batch)
+            inputs = {name: value.numpy() for name, value in examples.items()}
+            inputs[TIMESTEP] = np.full_like(inputs[TIMESTEP], inputs[TIMESTEP][0]) % len(self.plan.row_map)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                path = Path(scratch) / "canonical.onnx"
+                save_model(model, path)
+                document = tune(mode, path, self.plan, self.weights, inputs, machine)
+            (folder / KERNELS).write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+        record = self.workspace.stage("tuning", key, build)
+        document: dict[str, Any] = json.loads((record.path / KERNELS).read_text(encoding="utf-8"))
+        return {"mode": HOST if mode == HOST else "file", **document}
+
+    def _canonical(self) -> ir.Model:
+        """The float graph, quantized."""
+        model = ir.load(self.float_graph)
+        insisted = frozenset(layer.name for layer in self.plan.layers if layer.reason.startswith("override"))
+        _rewrite(model, canonical(self.plan, self.weights, insisted))
+        return model
+
+    @cached_property
     def passed(self) -> StageRecord:
         """Canonical and target graph: `canonical.onnx`, `model.onnx`, `nodes.json` (compute nodes by layer)."""
         target = self.recipe.target
@@ -121,24 +175,26 @@ class Build(SamplerTraining):
             "target": target,
             "vnni": self.vnni if target in (Target.ORT_CPU, Target.OPENVINO) else None,
             "weight_only": self.recipe.lowering.weight_only if target is Target.ORT_CPU else None,
+            "kernels": {name: entry["kernel"] for name, entry in self.tuned["kernels"].items()},
         }
         other_device = target is Target.OPENVINO and self.recipe.lowering.openvino_device != "CPU"
 
         def build(folder: Path) -> None:
             plan, weights = self.plan, self.weights
-            model = ir.load(self.float_graph)
-            insisted = frozenset(layer.name for layer in plan.layers if layer.reason.startswith("override"))
-            _rewrite(model, canonical(plan, weights, insisted))
+            model = self._canonical()
             save_model(model, folder / "canonical.onnx")
             if target is Target.ORT_CPU:
                 packed = self.recipe.lowering.weight_only == "packed"
-                _rewrite(model, lower_ort_cpu(plan, weights, vnni=self.vnni, packed=packed))
+                kernels = {name: entry["kernel"] for name, entry in self.tuned["kernels"].items()}
+                _rewrite(model, lower_ort_cpu(plan, weights, vnni=self.vnni, packed=packed, kernels=kernels))
             elif target in (Target.TRT, Target.TRT_RTX):
                 _rewrite(model, lower_tensorrt(plan, weights))
             elif target is Target.OPENVINO:
                 _rewrite(model, lower_openvino(plan, weights, vnni=self.vnni or other_device))
-            save_model(model, folder / GRAPH)
             nodes = {name: [n.name for n in item.compute] for name, item in bind(model, plan).layers.items()}
+            if target is Target.ORT_CPU:
+                _rewrite(model, group_by_row())
+            save_model(model, folder / GRAPH)
             (folder / "nodes.json").write_text(json.dumps(nodes), encoding="utf-8")
 
         return self.workspace.stage("passes", key, build)
@@ -263,6 +319,8 @@ class Build(SamplerTraining):
             from engines.openvino_ir import check_device
 
             check_device(self.recipe.lowering.openvino_device)  # now, not after hours of calibration
+        if self.recipe.lowering.tune not in (OFF, HOST):
+            read_timings(Path(self.recipe.lowering.tune))
         for stage, action in stages.items():
             action()
             if stage is until:

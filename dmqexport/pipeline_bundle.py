@@ -142,6 +142,13 @@ def _write_finish_script(build: Build, folder: Path) -> None:
     )
 
 
+def _kernels(build: Build) -> dict[str, Any]:
+    """Who chose the kernels, and the layers that the integer product does not multiply; no times, which vary."""
+    tuned = build.tuned
+    chosen = {name: entry["kernel"] for name, entry in tuned["kernels"].items()}
+    return {**{key: tuned[key] for key in ("mode", "cpu", "runtime") if key in tuned}, "other": chosen}
+
+
 def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
     runner = OrtRunner(build.deployed_graph)
     signature = [
@@ -170,6 +177,7 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
         "plan_fingerprint": build.plan.fingerprint,
         "inputs": signature,
         "outputs": list(runner.output_names),
+        "kernels": _kernels(build),
         "session": {"config": {}, "cpu_features": ["vnni"] if build.vnni else []},
         "sampling": {
             "steps": build.steps,

@@ -16,11 +16,13 @@ import dmqexport
 from dmqexport.models.picture_features import DIMENSION
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_allocate import PARETO_JSON
+from dmqexport.pipeline_tune import why
 from dmqexport.pipeline_validate import Validation
 from dmqexport.quant_plan import LayerQuant
 from dmqexport.report.pictures import ReportImages
 from dmqexport.target import Target
 from engines.compare import GraphComparison, LintFinding, compare_graphs, lint_graph
+from passes.lower.group_by_row import layer_graph
 from passes.lower.ort_cpu import FUSED_PRODUCT
 
 _GRID_PICTURES = 16
@@ -182,6 +184,7 @@ class ReportBuilder:
         plan = build.plan
         macs = {info.name: info for info in build.probe_result.layers}
         types = self.graph_compute
+        tuned = {name: why(entry) for name, entry in build.tuned["kernels"].items()}
         layers = []
         for layer in plan.layers:
             measured = metrics["layers"][layer.name]
@@ -196,7 +199,7 @@ class ReportBuilder:
                     "sqnr_by_row": measured["by_row"],
                     "parameters": layer.parameters,
                     "macs": macs[layer.name].macs,
-                    "reason": layer.reason or None,
+                    "reason": "; ".join(filter(None, (layer.reason, tuned.get(layer.name)))) or None,
                 }
             )
         for name, reason in plan.float_layers.items():
@@ -225,8 +228,7 @@ class ReportBuilder:
             proven = {proof["layer"] for proof in build.compiled.document.get("proofs", ())}
             other = "float32" if build.recipe.target is Target.OPENVINO else "unproven"
             return {layer.name: "int8" if layer.name in proven else other for layer in build.plan.layers}
-        model = ir.load(build.deployed_graph)
-        nodes = {node.name: node for node in model.graph}
+        nodes = {node.name: node for node in layer_graph(ir.load(build.deployed_graph))}
         result = {}
         for name, members in build.compute_nodes.items():
             result[name] = "int8" if all(nodes[member].op_type in _INTEGER_OPS for member in members) else "float32"
@@ -258,7 +260,7 @@ class ReportBuilder:
         planned = {node for nodes in build.compute_nodes.values() for node in nodes}
         types = {node: self.graph_compute[name] for name, nodes in build.compute_nodes.items() for node in nodes}
         heavy = {"Conv", "MatMul", "Gemm", "MatMulNBits", *_INTEGER_OPS}
-        for node in ir.load(build.deployed_graph).graph:
+        for node in layer_graph(ir.load(build.deployed_graph)):
             if node.op_type in heavy:
                 kind = types[str(node.name)] if node.name in planned else "float32"
                 if node.name not in planned and node.op_type in _INTEGER_OPS:

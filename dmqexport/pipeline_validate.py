@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from calib.sampling import CalibrationSet
+from calib.sampling import TIMESTEP, CalibrationSet
 from dmqexport.models import emoji
 from dmqexport.models.picture_features import DIMENSION, EXTRACTOR, picture_features
 from dmqexport.models.sampling import sample_images, set_denoiser
@@ -372,6 +372,7 @@ class Validation:
         batch = self.recipe.latency_batch
         index = torch.arange(batch) % len(self.reference.entries)
         inputs = _arrays(self.reference.entries, index)
+        inputs[TIMESTEP] = np.full_like(inputs[TIMESTEP], inputs[TIMESTEP][0])  # as samplers call
         runners = {"fp32": self._open(self.build.float_baseline), "quantized": self.runner}
         result = interleaved(runners, inputs, runs=self.recipe.latency_runs)
         return {

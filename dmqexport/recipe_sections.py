@@ -172,6 +172,11 @@ class LoweringRecipe(Section):
     cpu_isa: Literal["auto", "portable", "vnni"] = Field(
         default="auto", description="auto: signed weights if this CPU has VNNI; portable: exact on every x86 CPU"
     )
+    tune: str = Field(
+        default="off",
+        description="ort-cpu, which kernel multiplies each layer. off: the integer product, the same on every machine; "
+        "host: what is fastest here, float on the codes included, measured once; or a file of such timings",
+    )
     weight_only: Literal["expanded", "packed"] = Field(
         default="expanded",
         description="ort-cpu, layers with float activations: weights expanded when the session is created, which is "

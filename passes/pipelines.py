@@ -1,5 +1,7 @@
 """The two visible lists: float graph → canonical graph, canonical graph → target graph."""
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -8,8 +10,9 @@ from passes.cleanup import DropIdleSqueeze, GemmToMatMul, SimplifyKeyTranspose
 from passes.gather_timestep_scale import GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
 from passes.keep_boundary_8bit import KeepBoundary8Bit
+from passes.lower.group_by_row import GroupByRow
 from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO
-from passes.lower.ort_cpu import LowerOrtCpu
+from passes.lower.ort_cpu import FLOAT_KERNEL, LowerOrtCpu
 from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
 from passes.lower.weight_only import LowerWeightOnly
 from passes.row_group_norm import RowGroupNorm
@@ -36,13 +39,26 @@ def canonical(plan: QuantPlan, weights: QuantWeights, narrow_boundary: frozenset
     )
 
 
-def lower_ort_cpu(plan: QuantPlan, weights: QuantWeights, *, vnni: bool, packed: bool = False) -> ir.passes.Sequential:
-    """Canonical graph to the fast graph for ONNX Runtime on CPU; packed: see `LowerWeightOnly`."""
+def lower_ort_cpu(
+    plan: QuantPlan,
+    weights: QuantWeights,
+    *,
+    vnni: bool,
+    packed: bool = False,
+    kernels: Mapping[str, str] | None = None,
+) -> ir.passes.Sequential:
+    """Canonical graph to the fast graph for ONNX Runtime; packed: see `LowerWeightOnly`, kernels: `LowerOrtCpu`."""
+    expanded = [name for name, kernel in (kernels or {}).items() if kernel == FLOAT_KERNEL]
     return ir.passes.Sequential(
-        LowerOrtCpu(plan, weights, vnni=vnni),
-        LowerWeightOnly(plan, weights, packed=packed),
+        LowerOrtCpu(plan, weights, vnni=vnni, kernels=kernels),
+        LowerWeightOnly(plan, weights, packed=packed, expanded=expanded),
         *float_ort_cpu().passes,
     )
+
+
+def group_by_row() -> ir.passes.Sequential:
+    """The fast graph to the one that is deployed: from here on the layers are in `layer_graph`."""
+    return ir.passes.Sequential(GroupByRow())
 
 
 def float_ort_cpu() -> ir.passes.Sequential:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from dmqexport.errors import LoweringError
 from passes.bind import graph_layers
+from passes.lower.group_by_row import add_results, layer_graph, looping
 
 
 def layer_outputs(model: ir.Model) -> dict[str, str]:
@@ -26,17 +27,18 @@ class TapOutputs(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Raise LoweringError for a name the graph does not have."""
-        values = {output.name: output for node in model.graph for output in node.outputs}
+        outer = {output.name: output for node in model.graph for output in node.outputs}
+        values = {output.name: output for node in layer_graph(model) for output in node.outputs} | outer
         missing = [name for name in self._names if name not in values]
         if missing:
             raise LoweringError(f"tap: the graph has no value {missing[:5]}")
-        modified = False
-        for name in self._names:
-            value = values[name]
-            if value.is_graph_output():
-                continue
+        wanted = [values[name] for name in dict.fromkeys(self._names) if not values[name].is_graph_output()]
+        for value in wanted:
             if value.type is None:
                 value.type = ir.TensorType(ir.DataType.FLOAT)
-            model.graph.outputs.append(value)
-            modified = True
-        return ir.passes.PassResult(model, modified)
+        loop = looping(model)
+        if loop is not None:
+            inner = [value for value in wanted if value.name not in outer]
+            wanted = [value for value in wanted if value.name in outer] + add_results(loop, inner)
+        model.graph.outputs.extend(wanted)
+        return ir.passes.PassResult(model, bool(wanted))

@@ -11,6 +11,8 @@ has to convert twice.)
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulIntegerToFloat
 """
 
+from collections.abc import Mapping
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +26,8 @@ from passes.bind import Bindings, LayerNodes, bind
 
 CONTRIB_DOMAIN = "com.microsoft"
 FUSED_PRODUCT = "MatMulIntegerToFloat"
+#: Names of the other kernels that a layer may have.
+CONV_KERNEL, FLOAT_KERNEL = "conv-integer", "float"
 #: Largest sum of two adjacent u8 × s8 products that the 16-bit step of AVX2 kernels holds.
 _PAIR_LIMIT = 32767
 
@@ -33,10 +37,16 @@ class LowerOrtCpu(ir.passes.InPlacePass):
 
     Codes become unsigned with a constant offset, weights stay signed (packed int4 at up to 4 bits). Grouped or dilated
     convolutions use ConvInteger. Weight-only layers and everything unplanned are not touched.
+
+    kernels: layers that another kernel than the fused product suits better, by name: FLOAT_KERNEL multiplies the
+    dequantized codes in float (the weight's DequantizeLinear is left to `LowerWeightOnly`), CONV_KERNEL is ConvInteger.
     """
 
-    def __init__(self, plan: QuantPlan, weights: QuantWeights, *, vnni: bool) -> None:
+    def __init__(
+        self, plan: QuantPlan, weights: QuantWeights, *, vnni: bool, kernels: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
+        self._kernels = dict(kernels or {})
         self._plan = plan
         self._weights = weights
         self._vnni = vnni
@@ -49,8 +59,13 @@ class LowerOrtCpu(ir.passes.InPlacePass):
         for layer in self._plan.layers:
             nodes = bindings.layers[layer.name]
             for segment, node in zip(layer.segments, nodes.compute, strict=True):
-                if segment.activation is not None and node.op_type != FUSED_PRODUCT and node.op_type != "ConvInteger":
-                    work.layer(layer.name, layer.op, segment, nodes, node)
+                if segment.activation is None or node.op_type in (FUSED_PRODUCT, "ConvInteger"):
+                    continue
+                kernel = self._kernels.get(layer.name)
+                if kernel == FLOAT_KERNEL:
+                    modified |= work.float_layer(segment, node)
+                else:
+                    work.layer(layer.name, layer.op, segment, nodes, node, convolve=kernel == CONV_KERNEL)
                     modified = True
         modified |= work.attentions(bindings)
         if modified:
@@ -70,15 +85,18 @@ class _Lowering:
         self._codes: dict[ir.Value, ir.Value] = {}
         self._channels_last: dict[ir.Value, ir.Value] = {}
         self._columns: dict[tuple[object, ...], ir.Value] = {}
+        self._floats: dict[ir.Value, ir.Value] = {}
 
-    def layer(self, name: str, op: LayerOp, segment: Segment, nodes: LayerNodes, node: ir.Node) -> None:
+    def layer(
+        self, name: str, op: LayerOp, segment: Segment, nodes: LayerNodes, node: ir.Node, *, convolve: bool = False
+    ) -> None:
         assert segment.activation is not None
         index = segment_of(node)
         offset = unsigned_offset(segment.activation)
         codes = self._unsigned(node, 0, segment.activation, offset)
         weight_codes = self._weights.codes(name, index)
         scale = np.asarray(segment.weight.scale) * np.float32(1.0)
-        if op is LayerOp.CONV and not _plain(node):
+        if op is LayerOp.CONV and (convolve or not _plain(node)):
             self._conv_integer(name, segment, node, codes, weight_codes, offset)
             return
         label = f"{name}#{index}"
@@ -114,6 +132,29 @@ class _Lowering:
             result.shape = node.outputs[0].shape
         replaced = node if bias is None or bias[0] is None else bias[0]
         self._replace(node, replaced, result)
+
+    def float_layer(self, segment: Segment, node: ir.Node) -> bool:
+        """Let the operator read what the shared unsigned codes stand for; False where it does already."""
+        assert segment.activation is not None
+        value = node.inputs[0]
+        dequantize = None if value is None else value.producer()
+        if (
+            dequantize is not None
+            and dequantize.inputs[0] is not None
+            and dequantize.inputs[0].dtype == ir.DataType.UINT8
+        ):
+            return False
+        offset = unsigned_offset(segment.activation)
+        codes = self._unsigned(node, 0, segment.activation, offset)
+        if codes not in self._floats:
+            inputs = [codes, self._builder.scalar(segment.activation.scale_ref, f"{codes.name}/scale")]
+            name = f"{codes.name}/dequantized"
+            created = self._builder.node(
+                "DequantizeLinear", [*inputs, self._offset(offset)], name, before=node, like=value
+            )
+            self._floats[codes] = created.outputs[0]
+        node.replace_input_with(0, self._floats[codes])
+        return True
 
     def _replace(self, node: ir.Node, last: ir.Node, result: ir.Value) -> None:
         old = last.outputs[0]

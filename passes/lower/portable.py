@@ -5,6 +5,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from passes.base import Builder, constant_array
+from passes.lower.group_by_row import layer_graph
 
 #: Operator → positions of its weight and of the weight's zero_point.
 _OPERANDS = {
@@ -27,9 +28,10 @@ class MakePortable(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place; reports whether anything changed."""
-        builder = Builder(model.graph)
+        graph = layer_graph(model)
+        builder = Builder(graph)
         modified = False
-        for node in model.graph:
+        for node in graph:
             if node.op_type not in _OPERANDS:
                 continue
             weight_at, zero_at = _OPERANDS[node.op_type]

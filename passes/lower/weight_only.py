@@ -6,6 +6,7 @@ largest output). Neither is what was calibrated, so the graph says itself what i
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
 
+from collections.abc import Collection
 from functools import partial
 
 import numpy as np
@@ -26,15 +27,17 @@ _FLOAT_ACCURACY = 1
 
 
 class LowerWeightOnly(ir.passes.InPlacePass):
-    """Replace the DequantizeLinear of weights whose layer has a float activation; nothing else is touched.
+    """Replace the DequantizeLinear of weights whose layer has a float activation, or is named in `expanded`; nothing
+    else is touched.
 
     By default by (Cast(codes) - zero_point) · scale, which ONNX Runtime computes once, when it creates the session:
     the same float32 numbers, float's latency, and float's memory. With `packed` a MatMul becomes MatMulNBits, whose
     weights stay packed in memory too; it costs 1.0 to 1.6 of a float MatMul here, since every call unpacks them.
     """
 
-    def __init__(self, plan: QuantPlan, weights: QuantWeights, *, packed: bool) -> None:
+    def __init__(self, plan: QuantPlan, weights: QuantWeights, *, packed: bool, expanded: Collection[str] = ()) -> None:
         super().__init__()
+        self._expanded = frozenset(expanded)
         self._plan = plan
         self._weights = weights
         self._packed = packed
@@ -46,9 +49,15 @@ class LowerWeightOnly(ir.passes.InPlacePass):
         for layer in self._plan.layers:
             for node, segment in zip(bindings.layers[layer.name].compute, layer.segments, strict=True):
                 dequantize = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
-                if segment.activation is not None or dequantize is None or dequantize.op_type != "DequantizeLinear":
+                chosen = segment.activation is None or layer.name in self._expanded
+                if not chosen or dequantize is None or dequantize.op_type != "DequantizeLinear":
                     continue
-                if self._packed and layer.op is LayerOp.LINEAR and node.op_type == "MatMul":
+                if (
+                    self._packed
+                    and segment.activation is None
+                    and layer.op is LayerOp.LINEAR
+                    and node.op_type == "MatMul"
+                ):
                     _block_product(builder, self._weights, layer, node)
                     model.graph.opset_imports[CONTRIB_DOMAIN] = 1
                 else:

@@ -1,0 +1,322 @@
+"""The graph for batches whose samples share a table row: per-sample vectors become one number each, and most vanish."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from passes.base import Builder, Role, constant_array, redirect, role_of, take_name
+from passes.insert_qdq import ROW, SCALED
+
+_Doubles = np.ndarray[Any, np.dtype[np.float64]]
+_PRODUCT = "MatMulIntegerToFloat"
+#: Operators that move codes about and add none but the zero_point's.
+_MOVERS = ("Transpose", "Slice", "Concat", "Pad", "Reshape")
+#: Position of the zero_point of operand 0 and 1 of what reads codes.
+_ZERO_AT = {(_PRODUCT, 0): 4, (_PRODUCT, 1): 5, ("ConvInteger", 0): 2, ("DequantizeLinear", 0): 2}
+_TABLE = "dmqexport/uniform_table"
+#: Name of the node that takes the first sample's row.
+FIRST_ROW = f"{ROW}/first"
+
+
+class UniformRows(ir.passes.InPlacePass):
+    """Let a graph lowered for ONNX Runtime take its table row from the first sample, and its scales as single numbers.
+
+    Mul(rho) → Max → Min → QuantizeLinear(s_ref) becomes QuantizeLinear with the row's own scale and zero_point, which
+    saturates at code 0 for nothing, and a Min of bytes at the other end; Mul(1/rho), the correction of a shift and the
+    bias after a product go into the product. What this does not know keeps its vectors, of one sample now. Valid for
+    batches of one row only (any, without a table). Codes are those of the canonical form but for values that lie on a
+    rounding tie within float precision: x / s_row is rounded once, (x · rho) / s_ref twice.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place; reports whether anything changed."""
+        work = _Uniform(model.graph)
+        for node in list(model.graph):
+            if node.op_type == "QuantizeLinear":
+                work.quantizer(node)
+        for node in list(model.graph):
+            if node.op_type == _PRODUCT:
+                work.product(node)
+        work.finish()
+        if work.changed:
+            model.graph.sort()
+            RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, work.changed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Chain:
+    """What precedes a QuantizeLinear. per_row: float64 [rows] s_ref / s_row; factors: what else `source` is multiplied
+    by, a vector over channels that no row changes; zero, top: int64 [rows], the codes of zero and of the upper end;
+    shifted: whether the operator's result is corrected for zero not being the offset.
+    """
+
+    source: ir.Value
+    per_row: _Doubles
+    factors: np.ndarray | None
+    zero: np.ndarray
+    top: np.ndarray
+    shifted: bool
+
+
+class _Uniform:
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._builder = Builder(graph)
+        self.row = next((v for node in graph for v in node.outputs if v.name == ROW), None)
+        self._tables = {} if self.row is None else row_tables(self.row)
+        self._rows = next((len(table) for table in self._tables.values()), 1)
+        self._numbers: dict[str, list[tuple[ir.Value, np.ndarray]]] = {}  # by type
+        self._unshifted: set[ir.Value] = set()
+        self.changed = False
+
+    # Before the operator
+
+    def quantizer(self, node: ir.Node) -> None:
+        """Give one QuantizeLinear of unsigned codes the row's scale and zero_point."""
+        scale, offset = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+        if scale is None or offset is None or offset.dtype != np.uint8 or scale.size != 1 or node.inputs[0] is None:
+            return
+        codes = node.outputs[0]
+        chain, readers = self._chain(node.inputs[0], float(scale), int(offset)), list(_readers(codes))
+        if chain is None or any(
+            (reader.op_type, at) not in _ZERO_AT and reader.op_type != "Pad" for reader, at in readers
+        ):
+            return
+        if chain.source is node.inputs[0] and int(chain.top.min()) == np.iinfo(np.uint8).max:
+            return
+        self.changed = True
+        builder, label = self._builder, str(node.name)
+        source = chain.source
+        if chain.factors is not None:
+            factors = builder.constant(chain.factors, f"{label}/factors")
+            source = builder.node("Mul", [source, factors], f"{label}/balanced", before=node, like=source).outputs[0]
+        zero = self._number(chain.zero.astype(np.uint8), f"{label}/zero_point")
+        node.replace_input_with(0, source)
+        node.replace_input_with(1, self._number((float(scale) / chain.per_row).astype(np.float32), f"{label}/scale"))
+        node.replace_input_with(2, zero)
+        if int(chain.top.min()) < np.iinfo(np.uint8).max:
+            top = self._number(chain.top.astype(np.uint8), f"{label}/top")
+            clipped = builder.node("Min", [codes, top], f"{label}/clipped", after=node, like=codes)
+            redirect(codes, clipped.outputs[0], [clipped])
+        for reader, at in readers:
+            if reader.op_type == _PRODUCT and at == 0:
+                self._unshifted.add(reader.outputs[0])
+            elif chain.shifted:
+                continue  # its correction stays, and takes the codes for what they were
+            reader.replace_input_with(2 if reader.op_type == "Pad" else _ZERO_AT[reader.op_type, at], zero)
+
+    def _chain(self, value: ir.Value, scale: float, offset: int) -> _Chain | None:
+        """Walk up from a quantizer's input over what `InsertQDQ` put there; None where the arithmetic is another."""
+        shift, low, high = np.zeros(self._rows), None, None
+        for end, op_type in (("/shifted", "Add"), ("/hi_clipped", "Min"), ("/lo_clipped", "Max")):
+            node = value.producer()
+            if node is None or node.op_type != op_type or not str(node.name).endswith(end):
+                continue
+            table = self._per_row(node.inputs[1])
+            if table is None or node.inputs[0] is None:
+                return None
+            value = node.inputs[0]
+            if op_type == "Add":
+                shift = table
+            elif op_type == "Min":
+                high = table
+            else:
+                low = table
+        ratio: _Doubles = np.ones(self._rows)
+        factors: np.ndarray | None = None
+        node = value.producer()
+        operand = None if node is None else node.inputs[0]
+        if node is not None and operand is not None and node.op_type == "Mul" and str(node.name).endswith(SCALED):
+            split = self._split(node.inputs[1])
+            if split is None:
+                return None
+            value, (ratio, factors) = operand, split
+        if (low is None) != (high is None):
+            return None
+        zero = offset + np.rint(shift / scale).astype(np.int64)
+        top = np.full(self._rows, np.iinfo(np.uint8).max)
+        if low is not None and high is not None:
+            zero = -np.rint(low / scale).astype(np.int64)
+            top = zero + np.rint(high / scale).astype(np.int64)
+        if int(zero.min()) < 0 or int(zero.max()) > np.iinfo(np.uint8).max:
+            return None
+        return _Chain(value, ratio, factors, zero, top, bool(np.any(shift)))
+
+    def _split(self, value: ir.Value | None) -> tuple[_Doubles, np.ndarray | None] | None:
+        """A table as (per row [rows], channel factors in the table's shape without rows, or None if they are one)."""
+        table = self._table(value)
+        if table is None:
+            return None
+        flat = table.reshape(len(table), -1).astype(np.float64)
+        if flat.shape[1] == 1:
+            return np.broadcast_to(flat[:, 0], (self._rows,)), None
+        per_row = np.broadcast_to(flat[:, 0] / flat[0, 0], (self._rows,))
+        if not np.allclose(flat, per_row[: len(flat), np.newaxis] * flat[:1], rtol=1e-6, atol=0):
+            return None
+        return per_row, flat[0].reshape(table.shape[1:]).astype(np.float32)
+
+    # After the operator
+
+    def product(self, node: ir.Node) -> None:
+        """Take multiplications by numbers of the row, a shift's correction and the bias into one product."""
+        scale = constant_array(node.inputs[2])
+        if scale is None or scale.size != 1:
+            return
+        base = node.outputs[0]
+        reader = _only_reader(base)
+        if reader is not None and reader.op_type == "Transpose":
+            base = reader.outputs[0]
+        factor, last, bias = np.ones(self._rows), base, None
+        biased = len(node.inputs) > 6 and node.inputs[6] is not None
+        while (reader := _only_reader(last)) is not None:
+            name, other = str(reader.name), _other(reader, last)
+            table = self._per_row(other)
+            if reader.op_type == "Mul" and "/rescaled" in name and table is not None and not biased:
+                factor = factor * table
+            elif reader.op_type != "Sub" or not name.endswith("/corrected") or node.outputs[0] not in self._unshifted:
+                bias = None if biased else _bias(reader, other, base is not node.outputs[0])
+                last = last if bias is None else reader.outputs[0]
+                break
+            last = reader.outputs[0]
+        if last is base:
+            return
+        self.changed = True
+        values = (float(scale) * factor).astype(np.float32)
+        node.replace_input_with(2, self._number(values, f"{node.name}/scale", tolerance=1e-6))
+        if bias is not None:
+            node.resize_inputs(max(7, len(node.inputs)))
+            node.replace_input_with(6, self._builder.constant(bias, f"{node.name}/bias"))
+        base.shape = None if last.shape is None else last.shape.copy()
+        take_name(last, base, f"{last.name}/vector")
+        redirect(last, base, [])
+
+    # Numbers of the row
+
+    def _table(self, value: ir.Value | None) -> np.ndarray | None:
+        """[rows or 1, ...]: what a value is in every row; None for what depends on more than the row."""
+        if value is None:
+            return None
+        constant = constant_array(value)
+        return self._tables.get(value) if constant is None else constant[np.newaxis]
+
+    def _per_row(self, value: ir.Value | None) -> np.ndarray | None:
+        """float64 [rows], where a value is one number a row."""
+        table = self._table(value)
+        if table is None or table.size != len(table):
+            return None
+        return np.broadcast_to(table.reshape(-1).astype(np.float64), (self._rows,))
+
+    def _number(self, values: np.ndarray, name: str, *, tolerance: float = 0.0) -> ir.Value:
+        """[1] of the array's type, or rank 0 where no row changes it; one that differs by a relative `tolerance` will
+        do.
+        """
+        if bool(np.all(values == values[0])):
+            return self._builder.constant(values[0], name)
+        numbers = self._numbers.setdefault(str(values.dtype), [])
+        for value, known in numbers:
+            if np.allclose(known, values, rtol=tolerance, atol=0):
+                return value
+        kind = ir.DataType.from_numpy(values.dtype)
+        numbers.append((ir.Value(name=f"{name}/of_row", shape=ir.Shape([1]), type=ir.TensorType(kind)), values))
+        return numbers[-1][0]
+
+    def finish(self) -> None:
+        """A packed table, a Gather and a Split a type make all numbers; what still reads the row reads the first."""
+        if self.row is None or not self.changed:
+            return
+        builder, row, anchor = self._builder, self.row, self.row.producer()
+        assert anchor is not None
+        ends = [builder.constant(np.array([n], dtype=np.int64), f"dmqexport/int_{n}") for n in (0, 1)]
+        first = builder.node("Slice", [row, *ends], FIRST_ROW, after=anchor, dtype=ir.DataType.INT64)
+        redirect(row, first.outputs[0], [first])
+        last = first
+        for kind, numbers in sorted(self._numbers.items()):
+            label, dtype = f"{_TABLE}/{kind}", numbers[0][0].dtype
+            table = builder.constant(np.stack([column for _, column in numbers], axis=1), label)
+            gather = builder.node("Gather", [table, first.outputs[0]], f"{label}/row", after=last, dtype=dtype)
+            flat = builder.node(
+                "Reshape", [gather.outputs[0], builder.shape([-1])], f"{label}/flat", after=gather, dtype=dtype
+            )
+            last = builder.node(
+                "Split", [flat.outputs[0]], f"{label}/numbers", after=flat,
+                attributes={"axis": 0, "num_outputs": len(numbers)}, outputs=len(numbers),
+                output_names=[str(value.name) for value, _ in numbers], dtype=dtype,
+            )  # fmt: skip
+            for (value, _), output in zip(numbers, last.outputs, strict=True):
+                output.shape = ir.Shape([1])
+                redirect(value, output, [])
+
+
+def row_tables(row: ir.Value) -> dict[ir.Value, np.ndarray]:
+    """Every value that is a function of the row alone, as an array [rows, ...]: Gathers of constants by `row`, and what
+    Reshape and Split make of them. Shapes are taken as they are for a batch of one sample a row.
+    """
+    found: dict[ir.Value, np.ndarray] = {}
+    waiting = [use.node for use in row.uses()]
+    while waiting:
+        node = waiting.pop()
+        constant = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+        table = constant_array(node.inputs[0]) if node.op_type == "Gather" else found.get(_first(node))
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        if table is None:
+            continue
+        if node.op_type == "Gather" and axis == 0:
+            results = [table]
+        elif node.op_type == "Reshape" and constant is not None and int(constant[0]) == -1:
+            results = [table.reshape(len(table), *constant[1:])]
+        elif node.op_type == "Split" and axis == 1:
+            sizes = [table.shape[1] // len(node.outputs)] * len(node.outputs) if constant is None else constant
+            results = np.split(table, np.cumsum(sizes)[:-1], axis=1)
+        else:
+            continue
+        for output, values in zip(node.outputs, results, strict=True):
+            found[output] = values
+            waiting += [use.node for use in output.uses()]
+    return found
+
+
+def _first(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def _readers(codes: ir.Value) -> Iterable[tuple[ir.Node, int]]:
+    """(node, position) of everything that reads codes, moved about or not; a Pad at its constant, 2, too."""
+    seen, waiting = set(), [codes]
+    while waiting:
+        for use in waiting.pop().uses():
+            if use.node.op_type in _MOVERS:
+                if use.node not in seen:
+                    seen.add(use.node)
+                    waiting.append(use.node.outputs[0])
+                    if use.node.op_type == "Pad":
+                        yield use.node, 2
+            else:
+                yield use.node, use.idx
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads `value`; None where there are several, or where it is the graph's result."""
+    nodes = {use.node for use in value.uses()}
+    return None if len(nodes) != 1 or value.is_graph_output() else nodes.pop()
+
+
+def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """The other operand of a node with two."""
+    if len(node.inputs) != 2:
+        return None
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def _bias(node: ir.Node, operand: ir.Value | None, convolution: bool) -> np.ndarray | None:
+    """float32 [n] that an Add puts onto a product, None where it is another Add."""
+    bias = constant_array(operand) if node.op_type == "Add" and role_of(node) is Role.BIAS else None
+    if bias is None or bias.size != bias.shape[0 if convolution else -1]:
+        return None
+    return np.ascontiguousarray(bias.reshape(-1))

@@ -1,0 +1,181 @@
+"""Timings of kernels: what is chosen from them, where they are kept, and that no file can spoil a build."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from operator_pieces import compare, draw, float_values, pieces, run_piece
+from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
+
+from dmqexport.errors import RecipeError
+from dmqexport.onnx_export import save_model
+from dmqexport.pipeline_tune import HOST, Machine, layer_signatures, tune
+from dmqexport.quant_plan import LayerOp, QuantWeights
+from dmqexport.tuning import Kernel, Timings, cache_file, cpu_model, load_cache, read_timings, store_cache
+from engines import ort
+from passes.bind import bind
+from passes.lower.uniform_rows import UniformRows
+from passes.pipelines import lower_ort_cpu
+
+SLOW, EVEN, FAST = ({Kernel.PRODUCT: ms, Kernel.FLOAT: 1.0, Kernel.CONV_INTEGER: 3.0} for ms in (2.0, 1.05, 0.5))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    torch.manual_seed(0)
+    exported = export(DeepDenoiser(), tmp_path_factory.mktemp("deep"), random_inputs(2, 0))
+    observe_ranges(exported, random_inputs(8, 1))
+    return exported
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return cache_file("a cpu", "1.0")
+
+
+def test_only_what_is_clearly_faster_is_chosen() -> None:
+    timings = Timings("a cpu", "1.0", {"slow": SLOW, "even": EVEN, "fast": FAST, "half": {Kernel.FLOAT: 1.0}})
+    layers = {"a": "slow", "b": "even", "c": "fast", "d": "half", "e": "unknown", "f": "slow"}
+    assert timings.choose(layers) == {"a": Kernel.FLOAT, "f": Kernel.FLOAT}
+
+
+def test_timings_come_back(cache: Path) -> None:
+    timings = Timings("a cpu", "1.0", {"s": SLOW})
+    assert load_cache("a cpu", "1.0") == Timings("a cpu", "1.0", {})
+    assert store_cache(timings)
+    assert load_cache("a cpu", "1.0") == read_timings(cache) == timings
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+    merged = timings.merged({"s": FAST, "t": EVEN})
+    assert (merged.times["s"], merged.times["t"], timings.times["s"]) == (FAST, EVEN, SLOW)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"schema_version": 2}', json.dumps({"schema_version": 1, "cpu": "c", "runtime": "r"}),
+     *(json.dumps({"schema_version": 1, "cpu": "a cpu", "runtime": "1.0", "times": times})
+       for times in ([], {"s": 1}, {"s": {"fpga": 1.0}}, {"s": {"float": -1}}, {"s": {"float": "1"}},
+                     {"s": {"float": True}}, {"s": {"float": float("nan")}}))],
+)  # fmt: skip
+def test_a_damaged_cache_is_measured_anew_and_a_damaged_file_refused(
+    cache: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content, encoding="utf-8")
+    assert load_cache("a cpu", "1.0").times == {}
+    assert str(cache) in caplog.text
+    with pytest.raises(RecipeError, match=r"kernel timings.*\n.*lowering.tune=host"):
+        read_timings(cache)
+    assert store_cache(Timings("a cpu", "1.0", {"s": SLOW}))
+    assert load_cache("a cpu", "1.0").times == {"s": SLOW}
+
+
+def test_another_machines_timings_are_not_this_ones(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert cache_file("b cpu", "1.0") != cache != cache_file("a cpu", "1.1")
+    store_cache(Timings("a cpu", "1.0", {"s": SLOW}))
+    other = cache_file("b cpu", "1.0")
+    other.write_bytes(cache.read_bytes())
+    assert load_cache("b cpu", "1.0").times == {}
+    assert "is of a cpu" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not store_cache(Timings("a cpu", "1.0", {"s": SLOW}))
+    assert load_cache("a cpu", "1.0").times == {}
+    assert "not kept" in caplog.text
+    if os.geteuid():
+        (tmp_path / "locked").mkdir(mode=0o500)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "locked"))
+        assert not store_cache(Timings("a cpu", "1.0", {"s": SLOW}))
+        assert list((tmp_path / "locked").iterdir()) == []
+
+
+@pytest.mark.parametrize("kernel", [Kernel.FLOAT, Kernel.CONV_INTEGER])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_kernel_computes_the_canonical_operators(
+    deep: Exported, tmp_path: Path, seed: int, kernel: Kernel
+) -> None:
+    plan = draw(deep, tmp_path, seed)
+    kernels = {layer.name: kernel.value for layer in plan.layers if layer.op is LayerOp.CONV or kernel is Kernel.FLOAT}
+    lowering = lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=False, kernels=kernels)
+    model = canonical_graph(deep, plan, tmp_path / "codes")
+    lowering(model)
+    quantized = {layer.name for layer in plan.layers if layer.segments[0].activation is not None}
+    operators = {name: {n.op_type for n in nodes.compute} for name, nodes in bind(model, plan).layers.items()}
+    wanted = {"Conv", "MatMul"} if kernel is Kernel.FLOAT else {"ConvInteger"}
+    assert all(operators[name] <= wanted for name in quantized & kernels.keys())
+    assert compare(deep, plan, tmp_path / "codes", lowering) <= 1e-5
+
+
+@pytest.mark.parametrize("kernel", [Kernel.FLOAT, Kernel.CONV_INTEGER])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4)])
+def test_every_kernel_does_in_batches_of_one_row(
+    deep: Exported, tmp_path: Path, bits: tuple[int, int], kernel: Kernel
+) -> None:
+    plan = draw(deep, tmp_path, 2, bits=bits)
+    kernels = {layer.name: kernel.value for layer in plan.layers if layer.op is LayerOp.CONV or kernel is Kernel.FLOAT}
+    reference, uniform = (canonical_graph(deep, plan, tmp_path / "codes") for _ in range(2))
+    lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=False, kernels=kernels)(uniform)
+    assert UniformRows()(uniform).modified
+    operators, inputs = pieces(deep, plan), random_inputs(3, seed=5)
+    inputs["timestep"] = torch.full_like(inputs["timestep"], len(plan.row_map) - 1)
+    values = float_values(deep, {name for names, _ in operators.values() for name in names}, inputs)
+    values["timestep"] = inputs["timestep"].numpy()
+    for names, result in operators.values():
+        expected, actual = (run_piece(model, names, result, values) for model in (reference, uniform))
+        assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max(), result
+
+
+def test_signatures_name_what_time_depends_on(deep: Exported, tmp_path: Path) -> None:
+    plan = draw(deep, tmp_path, 1, bits=(4, 4))
+    model = canonical_graph(deep, plan, tmp_path / "codes")
+    few, many = (layer_signatures(model, plan, Machine(True, batch, 1).circumstances) for batch in (2, 8))
+    assert few.keys() == many.keys() == {layer.name for layer in plan.layers}
+    assert set(few.values()).isdisjoint(many.values())
+    assert len(set(few.values())) < len(few), "layers of a kind are measured once"
+    for name, signature in few.items():
+        layer = plan.layer(name)
+        assert signature.startswith(f"{layer.op.value} w{layer.weight_bits}a{layer.activation_bits} batch 2 threads 1")
+
+
+def test_what_is_measured_is_kept_and_asked_for_once(
+    deep: Exported, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = draw(deep, tmp_path, 1, bits=(4, 4))
+    model, weights = canonical_graph(deep, plan, tmp_path / "codes"), QuantWeights(tmp_path / "codes")
+    save_model(model, tmp_path / "canonical.onnx")
+    machine = Machine(False, 2, 1)
+    inputs = {name: value.numpy() for name, value in random_inputs(2, 3).items()}
+    inputs["timestep"] = np.full_like(inputs["timestep"], 1)
+    first = tune(HOST, tmp_path / "canonical.onnx", plan, weights, inputs, machine)
+    stored = cache_file(cpu_model(), str(ort.version()))
+    timings = read_timings(stored)
+    signatures = layer_signatures(model, plan, machine.circumstances)
+    assert timings.times.keys() == set(signatures.values())
+    for name, signature in signatures.items():
+        expected = set(Kernel) if plan.layer(name).op is LayerOp.CONV else {Kernel.PRODUCT, Kernel.FLOAT}
+        assert set(timings.times[signature]) == expected
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("dmqexport.pipeline_tune.measure", never)
+    assert tune(HOST, tmp_path / "canonical.onnx", plan, weights, inputs, machine) == first
+    assert tune(str(stored), tmp_path / "canonical.onnx", plan, weights, inputs, machine) == first
+    slow = Timings("elsewhere", "0.9", dict.fromkeys(signatures.values(), SLOW))
+    (tmp_path / "slow.json").write_text(slow.to_json(), encoding="utf-8")
+    told = tune(str(tmp_path / "slow.json"), tmp_path / "canonical.onnx", plan, weights, inputs, machine)
+    assert {entry["kernel"] for entry in told["kernels"].values()} == {"float"}
+    assert told["kernels"].keys() == signatures.keys()
+    assert told["cpu"] == "elsewhere"
+
+
+def test_this_cpu_has_a_name() -> None:
+    assert cpu_model() == cpu_model() != ""

@@ -52,6 +52,13 @@ def looping(model: ir.Model) -> ir.Node | None:
     return next((node for node in model.graph if node.name == GROUPS), None)
 
 
+def drop_unused_constants(graph: ir.Graph) -> None:
+    """Remove initializers that no node reads; `RemoveUnusedNodesPass` does so for a model's own graph alone."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+
+
 def add_results(loop: ir.Node, values: Sequence[ir.Value]) -> list[ir.Value]:
     """Let the Loop carry `values` of its body too; returns them for the whole batch, in its order.
 
@@ -123,6 +130,7 @@ def _wrap(graph: ir.Graph, batched: Sequence[ir.Value]) -> None:
             redirect(node.outputs[0], own, [])
             body.remove(node, safe=True)
 
+    drop_unused_constants(body)
     true = builder.constant(np.array(True), "dmqexport/true")
     loop = builder.node("Loop", [count, true], GROUPS, attributes={"body": body}, outputs=0)
     inside.node("Identity", [going], f"{going.name}/on", dtype=ir.DataType.BOOL)

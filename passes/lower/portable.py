@@ -5,7 +5,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from passes.base import Builder, constant_array
-from passes.lower.group_by_row import layer_graph
+from passes.lower.group_by_row import drop_unused_constants, layer_graph
 
 #: Operator → positions of its weight and of the weight's zero_point.
 _OPERANDS = {
@@ -48,4 +48,5 @@ class MakePortable(ir.passes.InPlacePass):
             modified = True
         if modified:
             RemoveUnusedNodesPass()(model)
+            drop_unused_constants(graph)
         return ir.passes.PassResult(model, modified)

@@ -110,8 +110,8 @@ def test_the_loop_runs_what_was_wrapped(deep: Exported, tmp_path: Path) -> None:
     assert set(graph_layers(layer_graph(model))) == set(graph_layers(flat.graph))
     assert [value.name for value in model.graph.outputs] == [value.name for value in flat.graph.outputs]
     assert [value.shape for value in model.graph.outputs] == [value.shape for value in flat.graph.outputs]
-    loop = looping(model)
-    assert loop is not None
+    assert looping(model) is not None
+    assert all(value.uses() for graph in model.graphs() for value in graph.initializers.values())
     assert {value.name for node in layer_graph(model) for value in node.inputs if value is not None
             and value.is_initializer() and value.graph is model.graph} == set()  # fmt: skip
 
@@ -142,6 +142,7 @@ def test_weights_inside_become_portable_too(deep: Exported, tmp_path: Path) -> N
     GroupByRow()(model)
     assert MakePortable()(model).modified
     assert not MakePortable()(model).modified
+    assert all(value.uses() for graph in model.graphs() for value in graph.initializers.values())
     constants = [constant_array(node.inputs[1]) for node in layer_graph(model) if node.op_type == FUSED_PRODUCT]
     assert any(weight is not None and weight.dtype == np.uint8 for weight in constants)
     assert run(model, arrays(2, 7))[0].shape[0] == 2

@@ -24,6 +24,8 @@ REPORT_HTML = f"{OWN_FOLDER}/report.html"
 GRID = f"{OWN_FOLDER}/grid.png"
 RECIPE = f"{OWN_FOLDER}/recipe.yaml"
 GRAPH = "model.onnx"
+#: What an engine is built from, where that is not the deployed graph (bfloat16, which no CPU runs).
+ENGINE_GRAPH = "engine.onnx"
 #: Folder of built engines, in the denoiser's; a GPU host may add some, which no file vouches for.
 ENGINES = "engines"
 _MEASURED = (REPORT_JSON, REPORT_HTML, GRID)

@@ -78,6 +78,14 @@ AttentionOption = Annotated[
     int | None,
     typer.Option("--attention-bits", metavar="N", help="Quantize the attention matmuls too. Default: float."),
 ]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        help="TensorRT: int8 (default), int4-weight-only, fp8, nvfp4, or best (int8, the rest in half precision).",
+    ),
+]
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 ]
@@ -106,3 +114,6 @@ ThreadsOption = Annotated[
     int | None, typer.Option("--threads", metavar="N", min=1, help="Threads. Default: every core.")
 ]
 VerifyOption = Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file first.")]
+RebuildOption = Annotated[
+    bool, typer.Option("--rebuild", help="If it does not fit this machine, build it anew from the graph it keeps.")
+]

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from calib.sampling import TIMESTEP
-from dmqexport.bundle import GRAPH
+from dmqexport.bundle import ENGINE_GRAPH, GRAPH
 from dmqexport.errors import BackendMissingError, DmqExportError
 from dmqexport.onnx_export import OPSET, export_float_graph, save_model
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
@@ -28,6 +28,7 @@ from dmqexport.workspace import StageRecord
 from engines.ort import available_cores
 from engines.ort import version as ort_version
 from passes.bind import bind
+from passes.lower.tensorrt import product_types
 from passes.pipelines import (
     canonical,
     float_cleanup,
@@ -176,6 +177,7 @@ class Build(SamplerTraining):
             "vnni": self.vnni if target in (Target.ORT_CPU, Target.OPENVINO) else None,
             "weight_only": self.recipe.lowering.weight_only if target is Target.ORT_CPU else None,
             "kernels": {name: entry["kernel"] for name, entry in self.tuned["kernels"].items()},
+            "types": [self.recipe.lowering.precision == "fp8", self.recipe.lowering.float_type],
         }
         other_device = target is Target.OPENVINO and self.recipe.lowering.openvino_device != "CPU"
 
@@ -188,7 +190,7 @@ class Build(SamplerTraining):
                 kernels = {name: entry["kernel"] for name, entry in self.tuned["kernels"].items()}
                 _rewrite(model, lower_ort_cpu(plan, weights, vnni=self.vnni, packed=packed, kernels=kernels))
             elif target in (Target.TRT, Target.TRT_RTX):
-                _rewrite(model, lower_tensorrt(plan, weights))
+                self._lower_tensorrt(model, folder)
             elif target is Target.OPENVINO:
                 _rewrite(model, lower_openvino(plan, weights, vnni=self.vnni or other_device))
             nodes = {name: [n.name for n in item.compute] for name, item in bind(model, plan).layers.items()}
@@ -199,6 +201,19 @@ class Build(SamplerTraining):
 
         return self.workspace.stage("passes", key, build)
 
+    def _lower_tensorrt(self, model: ir.Model, folder: Path) -> None:
+        """Also `types.json`, what an engine must do with each layer, and `engine.onnx` where no CPU runs its graph."""
+        plan, weights, lowering = self.plan, self.weights, self.recipe.lowering
+        half = {"fp32": None, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[lowering.float_type]
+        fp8 = lowering.precision == "fp8"
+        if half is ir.DataType.BFLOAT16:  # ONNX Runtime has no bfloat16 on CPUs: model.onnx stays as it was before
+            narrow = ir.load(folder / "canonical.onnx")
+            _rewrite(narrow, lower_tensorrt(plan, weights, fp8=fp8, half=half))
+            save_model(narrow, folder / ENGINE_GRAPH)
+            half = None
+        _rewrite(model, lower_tensorrt(plan, weights, fp8=fp8, half=half))
+        (folder / "types.json").write_text(json.dumps(product_types(model, plan)), encoding="utf-8")
+
     @property
     def canonical_graph(self) -> Path:
         """The canonical graph."""
@@ -208,6 +223,18 @@ class Build(SamplerTraining):
     def deployed_graph(self) -> Path:
         """The target's graph."""
         return self.passed.path / GRAPH
+
+    @property
+    def engine_graph(self) -> Path:
+        """What TensorRT builds from: the deployed graph, or one that only it runs."""
+        own = self.passed.path / ENGINE_GRAPH
+        return own if own.is_file() else self.deployed_graph
+
+    @cached_property
+    def engine_types(self) -> dict[str, tuple[str, list[str | list[str]]]]:
+        """Type that TensorRT must give each planned layer, and the nodes to prove it by (`passes.lower.tensorrt`)."""
+        found = json.loads((self.passed.path / "types.json").read_text(encoding="utf-8"))
+        return {name: (kind, nodes) for name, (kind, nodes) in found.items()}
 
     @cached_property
     def compute_nodes(self) -> dict[str, list[str]]:
@@ -224,30 +251,35 @@ class Build(SamplerTraining):
             return CompileResult(None, None, {}, None)
         if self.recipe.target is Target.OPENVINO:
             return self._compiled_for_openvino()
-        from engines.precision import prove_int8
-        from engines.trt import TrtFlavor, build_engine, flavor_version
+        from engines.precision import prove_types
+        from engines.trt import TrtFlavor, build_engine, flavor_version, gpu_architecture
 
         flavor = TrtFlavor.RTX if self.recipe.target is Target.TRT_RTX else TrtFlavor.TRT
-        quantized = self.quantized_nodes
+        types = self.engine_types
         key = {
             "version": STAGE_VERSIONS["compile"],
             "passes": self.passed.fingerprint,
             "flavor": flavor.value,
             "builder": flavor_version(flavor),
             "profiles": {name: [shape.min, shape.opt, shape.max] for name, shape in self.profiles.items()},
+            "options": self.build_options.to_json(),
         }
 
         def build(folder: Path) -> None:
             result = build_engine(
-                self.deployed_graph,
+                self.engine_graph,
                 folder / "engine.plan",
                 flavor=flavor,
                 profiles=self.profiles,
                 log_path=folder / "build.log",
+                options=self.build_options,
             )
-            proofs = prove_int8(result.layers, quantized) if quantized else []
-            facts = {"target": flavor.value, "version": result.version, "peak_rss_bytes": result.peak_rss_bytes}
-            _write_proof(folder, {**facts, "seconds": result.seconds, "bytes": result.size_bytes}, proofs, quantized)
+            proofs = prove_types(result.layers, types) if types else []
+            facts: dict[str, Any] = {"target": flavor.value, "version": result.version}
+            facts |= {"peak_rss_bytes": result.peak_rss_bytes}
+            if flavor.needs_gpu:  # TensorRT-RTX builds for every architecture that it knows
+                facts["arch"] = gpu_architecture()
+            _write_proof(folder, {**facts, "seconds": result.seconds, "bytes": result.size_bytes}, proofs, types)
 
         try:
             record = self.workspace.stage("compile", key, build)
@@ -298,11 +330,25 @@ class Build(SamplerTraining):
         """Batch range of every input, for engines with dynamic batch."""
         from engines.trt import ShapeRange
 
-        largest = self.recipe.lowering.max_batch
+        largest, tuned = self.recipe.lowering.max_batch, self.recipe.lowering.opt_batch
         shapes = {name: tuple(value.shape[1:]) for name, value in self.model.example_inputs(batch=2).items()}
         return {
-            name: ShapeRange((1, *rest), (min(2, largest), *rest), (largest, *rest)) for name, rest in shapes.items()
+            name: ShapeRange((1, *rest), (min(tuned, largest), *rest), (largest, *rest))
+            for name, rest in shapes.items()
         }
+
+    @cached_property
+    def build_options(self) -> Any:
+        """What TensorRT's builder is told beside the graph."""
+        from engines.trt import BuildOptions, Hardware
+
+        lowering = self.recipe.lowering
+        return BuildOptions(
+            timing_cache=None if lowering.timing_cache is None else Path(lowering.timing_cache),
+            hardware=Hardware(lowering.hardware),
+            version_compatible=lowering.version_compatible,
+            refit=lowering.refit,
+        )
 
     def run(self, until: Stage) -> None:
         """Run every stage up to and including `until`."""

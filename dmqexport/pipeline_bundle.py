@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dmqexport
-from dmqexport.bundle import GRAPH, GRID, OWN_FOLDER, RECIPE, check_replaceable, write_manifest
+from dmqexport.bundle import ENGINE_GRAPH, GRAPH, GRID, OWN_FOLDER, RECIPE, check_replaceable, write_manifest
 from dmqexport.models.quiet import quiet
 from dmqexport.onnx_export import OPSET
 from dmqexport.pipeline import Build, Stage, copy_graph
@@ -112,6 +112,8 @@ def _copy_denoiser(build: Build, folder: Path) -> None:
         encoding="utf-8",
     )
     copy_graph(build.deployed_graph, component, GRAPH)
+    if build.engine_graph != build.deployed_graph:
+        copy_graph(build.engine_graph, component, ENGINE_GRAPH)
     if build.compiled.engine is not None:
         target = component / "engines" / engine_folder(build)
         target.mkdir(parents=True)
@@ -134,11 +136,12 @@ def _write_finish_script(build: Build, folder: Path) -> None:
     flavor = TrtFlavor.RTX if build.recipe.target is Target.TRT_RTX else TrtFlavor.TRT
     write_finish_script(
         folder,
-        f"{component}/{GRAPH}",
+        f"{component}/{build.engine_graph.name}",
         flavor=flavor,
         profiles=build.profiles,
-        expected=build.quantized_nodes,
+        expected=build.engine_types,
         engines_relpath=f"{component}/engines",
+        options=build.build_options,
     )
 
 

@@ -225,20 +225,27 @@ class ReportBuilder:
         """Type that multiplies each planned layer, read from the deployed graph (or proven by the engine)."""
         build = self.build
         if build.profile.builds_engine:
-            proven = {proof["layer"] for proof in build.compiled.document.get("proofs", ())}
-            other = "float32" if build.recipe.target is Target.OPENVINO else "unproven"
-            return {layer.name: "int8" if layer.name in proven else other for layer in build.plan.layers}
+            proven = {proof["layer"]: proof["activation"] for proof in build.compiled.document.get("proofs", ())}
+            if build.recipe.target is Target.OPENVINO:
+                return {layer.name: "int8" if layer.name in proven else "float32" for layer in build.plan.layers}
+            names = {"Int8": "int8", "FP8": "fp8"}  # any other is of a layer whose weights alone are quantized
+            kinds = {layer: names.get(kind, self._float_type) for layer, kind in proven.items()}
+            return {layer.name: kinds.get(layer.name, "unproven") for layer in build.plan.layers}
         nodes = {node.name: node for node in layer_graph(ir.load(build.deployed_graph))}
         result = {}
         for name, members in build.compute_nodes.items():
             result[name] = "int8" if all(nodes[member].op_type in _INTEGER_OPS for member in members) else "float32"
         return result
 
+    @property
+    def _float_type(self) -> str:
+        """What an engine computes in where nothing is quantized."""
+        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.build.recipe.lowering.float_type]
+
     def _storage_bits(self, layer: LayerQuant) -> dict[str, int | None]:
         """Container of the weights in the deployed file; activations travel in int8."""
-        weight = 8
-        if layer.weight_bits <= 4 and self.build.recipe.target in (Target.ONNX, Target.ORT_CPU, Target.OPENVINO):
-            weight = 4
+        packs = self.build.recipe.target in (Target.ONNX, Target.ORT_CPU, Target.OPENVINO)
+        weight = 4 if layer.weight_bits <= 4 and (packs or layer.activation_bits is None) else 8
         return {"weight": weight, "activation": None if layer.activation_bits is None else 8}
 
     def _sizes(self) -> dict[str, int]:
@@ -262,7 +269,7 @@ class ReportBuilder:
         heavy = {"Conv", "MatMul", "Gemm", "MatMulNBits", *_INTEGER_OPS}
         for node in layer_graph(ir.load(build.deployed_graph)):
             if node.op_type in heavy:
-                kind = types[str(node.name)] if node.name in planned else "float32"
+                kind = types[str(node.name)] if node.name in planned else self._float_type
                 if node.name not in planned and node.op_type in _INTEGER_OPS:
                     kind = "int8"
                 counts.setdefault(kind, Counter())[node.op_type] += 1
@@ -276,7 +283,12 @@ class ReportBuilder:
             return {"target": self.build.recipe.target.value, "note": compiled.missing.splitlines()[0]}
         kept = ("target", "version", "seconds", "bytes", "layers_proven", "layers_planned")
         where = "executed network" if self.build.recipe.target is Target.OPENVINO else "builder's log"
-        return {**{key: compiled.document[key] for key in kept}, "note": f"precision read back from the {where}"}
+        found = Counter(f"{proof['activation']} x {proof['weight']}" for proof in compiled.document["proofs"])
+        types = ", ".join(f"{count} {kind}" for kind, count in sorted(found.items()))
+        return {
+            **{key: compiled.document[key] for key in kept},
+            "note": f"precision read back from the {where}: {types}",
+        }
 
     @cached_property
     def comparison(self) -> GraphComparison:

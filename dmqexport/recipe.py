@@ -13,6 +13,7 @@ from dmqexport.byte_size import parse_bytes
 from dmqexport.errors import RecipeError
 from dmqexport.quant_types import BitWidths
 from dmqexport.recipe_allocation import AllocationRecipe
+from dmqexport.recipe_precision import check_precision
 from dmqexport.recipe_sections import (
     BITS_HINT,
     BooleanError,
@@ -67,6 +68,7 @@ OPTIONS = {
     "allocation.mixed": "--mixed",
     "allocation.budget": "--budget",
     "allocation.pareto": "--pareto",
+    "lowering.precision": "--precision",
 }
 
 
@@ -155,7 +157,9 @@ def load_recipe(source: str | Path | None, options: Mapping[str, Any], assignmen
     if document.get("model") is None:
         raise RecipeError("no model given", hint="use -m/--model, for example -m emoji; `dmqexport models` lists more")
     try:
-        return Recipe.model_validate(document)
+        recipe = Recipe.model_validate(document)
+        check_precision(recipe.lowering, recipe.widths, recipe.target, recipe.allocation.mixed)
+        return recipe
     except ValidationError as error:
         problems = _explain(error, given)
         where = "" if path is None or given or assignments else f"{path}: "

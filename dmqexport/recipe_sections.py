@@ -182,5 +182,26 @@ class LoweringRecipe(Section):
         description="ort-cpu, layers with float activations: weights expanded when the session is created, which is "
         "fastest, or kept packed in memory by MatMulNBits",
     )
+    precision: Literal["int8", "int4-weight-only", "fp8", "nvfp4", "best"] = Field(
+        default="int8",
+        description="TensorRT, what multiplies quantized layers. int8: the plan's codes; weights of layers with float "
+        "activations stay INT4. int4-weight-only: refuse plans with other layers. fp8: FP8 products where the codes "
+        "are E4M3 numbers. best: int8, and half precision for the rest",
+    )
+    compute_type: Literal["fp32", "fp16", "bf16"] | None = Field(
+        default=None, description="TensorRT, what the rest computes in; null: fp32, or fp16 with precision best"
+    )
     max_batch: int = Field(default=8, ge=1, description="largest batch of TensorRT profiles, and of OpenVINO's proof")
+    opt_batch: int = Field(default=2, ge=1, description="batch that TensorRT tunes for, at most max_batch")
+    timing_cache: str | None = Field(default=None, description="TensorRT: file of measured kernels, read and written")
+    hardware: Literal["none", "ampere-plus", "same-compute-capability"] = Field(
+        default="none", description="TensorRT: other GPUs that the engine must run on"
+    )
+    version_compatible: bool = Field(default=False, description="TensorRT: the engine must run on later versions too")
+    refit: bool = Field(default=False, description="TensorRT: the engine's weights can be replaced later")
     openvino_device: Literal["CPU", "GPU", "NPU"] = "CPU"
+
+    @property
+    def float_type(self) -> str:
+        """What a TensorRT graph computes in where nothing is quantized."""
+        return self.compute_type or ("fp16" if self.precision == "best" else "fp32")

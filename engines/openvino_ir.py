@@ -26,7 +26,7 @@ import numpy as np
 from dmqexport.errors import BackendMissingError, EngineError, ResourceError
 from engines.ort import available_cores
 from engines.runner import Arrays
-from engines.trt_standalone import LayerProof, describe
+from engines.trt_layers import LayerProof, describe
 
 IR_XML = "model.xml"
 IR_BIN = "model.bin"

@@ -1,6 +1,6 @@
-"""Proof that an engine runs the quantized layers of a plan in int8: builders fall back to float without a word.
+"""Proof that an engine runs the quantized layers of a plan in their types: builders fall back to float without a word.
 
-The reading and the judging are in `engines.trt_standalone`, which ships inside bundles; this module gives them our
+The reading and the judging are in `engines.trt_layers`, which ships inside bundles; this module gives them our
 errors.
 """
 
@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dmqexport.errors import EngineError
-from engines.trt_standalone import (
+from engines.trt_layers import (
     EngineLayer,
     LayerProof,
     Operand,
     describe,
+    examine,
     examine_int8,
     parse_inspector,
     parse_layers,
@@ -23,11 +24,13 @@ __all__ = [
     "EngineLayer",
     "LayerProof",
     "Operand",
+    "examine",
     "examine_int8",
     "half_sums",
     "parse_inspector",
     "parse_layers",
     "prove_int8",
+    "prove_types",
     "read_build_log",
 ]
 
@@ -49,18 +52,28 @@ def read_build_log(path: Path) -> list[EngineLayer]:
 
 
 def prove_int8(layers: Sequence[EngineLayer], expected: Mapping[str, Sequence[str]]) -> list[LayerProof]:
-    """Return one proof per compute node of `expected`, each Int8 x Int8.
+    """`prove_types` where every node of `expected` must take Int8 x Int8."""
+    return prove_types(layers, {name: ("Int8", nodes) for name, nodes in expected.items()})
 
-    `expected`: torch name of every quantized layer -> names of its Conv/MatMul/Gemm nodes in the ONNX graph that was
-    built. Raises EngineError naming every layer that is not int8, what it takes instead, and the likely cause.
+
+def prove_types(
+    layers: Sequence[EngineLayer], expected: Mapping[str, tuple[str, Sequence[str | Sequence[str]]]]
+) -> list[LayerProof]:
+    """Return one proof per node of `expected`, each multiplied, or held, as the type that is planned for it.
+
+    `expected`: torch name of every quantized layer -> (type, nodes of the ONNX graph that was built), as in
+    `engines.trt_layers.examine`. Raises EngineError naming every layer that is not as planned, what it takes
+    instead, and the likely cause.
     """
-    proofs = examine_int8(layers, expected)
+    proofs = examine(layers, expected)
     failed = [proof for proof in proofs if proof.problem]
     if failed:
         raise EngineError(
-            describe(failed, len(proofs)),
-            hint="each activation scale and zero-point must be a rank-0 constant and each weight an int8 "
-            "DequantizeLinear with zero_point 0; a layer that is meant to stay in float does not belong in the plan",
+            describe(
+                failed, len(proofs), "in int8" if {kind for kind, _ in expected.values()} == {"Int8"} else "as planned"
+            ),
+            hint="each activation scale and zero-point must be a rank-0 constant and each weight a DequantizeLinear "
+            "with zero_point 0; a layer that is meant to stay in float does not belong in the plan",
         )
     risky = half_sums(proofs)
     if risky:
@@ -80,4 +93,4 @@ def half_sums(proofs: Sequence[LayerProof]) -> list[LayerProof]:
     scales come in the next kernel. Convolutions write float32 there. Only layers compiled to kernels are meant
     (`_myl` names); a CASK kernel of TensorRT scales before it rounds.
     """
-    return [proof for proof in proofs if proof.output == "Half" and "_myl" in proof.engine_layer]
+    return [p for p in proofs if p.output == "Half" and p.activation in ("Int8", "FP8") and "_myl" in p.engine_layer]

@@ -9,14 +9,17 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/ and .../tensorrt-r
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from dmqexport.errors import BackendMissingError, EngineError, ResourceError
-from engines import trt_standalone
-from engines.trt_standalone import BuildError, EngineLayer
+from engines import trt_layers, trt_standalone
+from engines.trt_layers import EngineLayer
+from engines.trt_standalone import BuildError
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +73,36 @@ class ShapeRange:
             )
 
 
+class Hardware(Enum):
+    """Which GPUs an engine of TensorRT runs on beside the one it was built on."""
+
+    NONE = "none"
+    AMPERE_PLUS = "ampere-plus"
+    SAME_COMPUTE_CAPABILITY = "same-compute-capability"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a builder is told beside the graph, which holds every precision.
+
+    workspace_bytes: GPU scratch memory of a kernel; timing_cache: file of measured kernels, read and written;
+    hardware, version_compatible: other GPUs and versions the engine must run with; refit: weights can be replaced
+    later. Options that the installed version does not have are refused.
+    https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/advanced.html
+    """
+
+    workspace_bytes: int | None = None
+    timing_cache: Path | None = None
+    hardware: Hardware = Hardware.NONE
+    version_compatible: bool = False
+    refit: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As the builder's process and the finish script read it."""
+        cache = None if self.timing_cache is None else str(self.timing_cache.resolve())
+        return {**asdict(self), "hardware": self.hardware.value, "timing_cache": cache}
+
+
 @dataclass(frozen=True)
 class EngineBuild:
     """A built engine: where it lies, what it cost, and the kernels it consists of."""
@@ -105,6 +138,11 @@ def flavor_version(flavor: TrtFlavor) -> str | None:
     return trt_standalone.vendor_version(flavor.module)
 
 
+def gpu_architecture() -> str | None:
+    """The first GPU's architecture, "sm89", or None where the driver or a GPU is missing."""
+    return trt_standalone.gpu_arch()
+
+
 def gpu_present() -> bool:
     """Whether the NVIDIA driver is here and sees a GPU."""
     return trt_standalone.gpu_arch() is not None
@@ -119,13 +157,13 @@ def build_engine(
     log_path: Path,
     timeout_s: float | None = None,
     max_ram_bytes: int | None = None,
-    workspace_bytes: int | None = None,
+    options: BuildOptions | None = None,
 ) -> EngineBuild:
     """Build `onnx_path` (external data beside it) to `engine_path`, in a child process, and list its layers.
 
     The graph's own types and Q/DQ decide every precision. `profiles`: one range for each input with a dynamic
     dimension. `log_path` receives the builder's verbose log. `max_ram_bytes` limits the child's resident memory
-    (watched on Linux), `workspace_bytes` the GPU scratch memory of a kernel.
+    (watched on Linux).
 
     Raises BackendMissingError where the flavor (or the GPU it needs) is missing, ResourceError where the memory limit
     or the disk ends it, EngineError where the graph is refused, the builder dies or time runs out.
@@ -138,7 +176,7 @@ def build_engine(
         "onnx": str(onnx_path.resolve()),
         "engine": str(engine_path.resolve()),
         "profiles": _profiles_json(profiles),
-        "workspace_bytes": workspace_bytes,
+        **(options or BuildOptions()).to_json(),
         "inspect": flavor.needs_gpu,
     }
     try:
@@ -147,7 +185,7 @@ def build_engine(
         raise _teach(failure, flavor, onnx_path) from failure
     except OSError as error:
         raise ResourceError(f"the build log {log_path} cannot be written: {error}") from error
-    layers = tuple(trt_standalone.layer_from_json(layer) for layer in result["layers"])
+    layers = tuple(trt_layers.layer_from_json(layer) for layer in result["layers"])
     if not layers:
         raise EngineError(
             f"{flavor.module} {result['version']} built {engine_path} but listed no layers, so nothing can be proven",
@@ -172,14 +210,14 @@ def write_finish_script(
     *,
     flavor: TrtFlavor,
     profiles: Mapping[str, ShapeRange],
-    expected: Mapping[str, Sequence[str]],
+    expected: Mapping[str, tuple[str, Sequence[str | Sequence[str]]]],
     engines_relpath: str = "engines",
-    workspace_bytes: int | None = None,
+    options: BuildOptions | None = None,
 ) -> FinishScript:
     """Write `finish_on_gpu.py` into `bundle`, for a machine with the GPU and the vendor's package and nothing else.
 
     It builds `onnx_relpath` (relative to the bundle) with the settings of `build_engine`, proves every layer of
-    `expected` (see `engines.precision.prove_int8`) by the engine inspector, and writes
+    `expected` (see `engines.precision.prove_types`) by the engine inspector, and writes
     "<engines_relpath>/<flavor>-<arch>-<version>/engine.plan". Both relative paths use "/".
 
     Raises EngineError for a path that leaves the bundle.
@@ -194,10 +232,11 @@ def write_finish_script(
         "onnx": onnx_relpath,
         "engines": engines_relpath,
         "profiles": _profiles_json(profiles),
-        "workspace_bytes": workspace_bytes,
-        "expected": {name: list(nodes) for name, nodes in expected.items()},
+        **(options or BuildOptions()).to_json(),
+        "timing_cache": "timing.cache" if options is not None and options.timing_cache is not None else None,
+        "expected": {name: [kind, list(nodes)] for name, (kind, nodes) in expected.items()},
     }
-    source = Path(trt_standalone.__file__).read_text(encoding="utf-8")
+    source = _one_file()
     blank = 'BUNDLE_REQUEST = ""\n'
     assert source.count(blank) == 1, "trt_standalone.py must hold exactly one blank request"
     # In a raw string JSON's backslashes stay; its only possible end, a quote, is spelled as an escape.
@@ -208,6 +247,18 @@ def write_finish_script(
     except OSError as error:
         raise ResourceError(f"{path} cannot be written: {error}") from error
     return FinishScript(path, f"python {FINISH_SCRIPT}")
+
+
+def _one_file() -> str:
+    """The source of `trt_standalone`, with that of our modules in the place of their imports: a script of its own."""
+    source = Path(trt_standalone.__file__).read_text(encoding="utf-8")
+    for module in (trt_layers,):
+        future = "from __future__ import annotations\n"
+        body = Path(str(module.__file__)).read_text(encoding="utf-8").partition(future)[2]
+        found = re.findall(rf"^from {re.escape(module.__name__)} import .*\n", source, re.MULTILINE)
+        assert len(found) == 1, f"trt_standalone.py must import {module.__name__} in one line"
+        source = source.replace(found[0], body.lstrip("\n"))
+    return source
 
 
 def _require(flavor: TrtFlavor) -> None:
@@ -241,6 +292,7 @@ def _teach(
         "`polygraphy debug reduce` finds the smallest failing graph",
         "timeout": "raise the time limit; a gigabyte of weights takes about 15 s on two cores",
         "profile": "give one shape range for each input with a dynamic dimension, and no other",
+        "option": "leave the option out, or build with a version that has it",
         "parse": "the graph has an operator, type or zero-point that this version does not accept",
     }
     return EngineError(where, hint=hints.get(failure.kind, "the errors before these lines are in the log"))

@@ -24,10 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
+
+from engines.trt_layers import EngineLayer, describe, examine, layer_from_json, parse_inspector, parse_layers
 
 EXIT_FAILED, EXIT_RESOURCE, EXIT_BACKEND = 1, 5, 7
 LOG_TAIL_LINES = 12
@@ -49,260 +52,6 @@ class BuildError(Exception):
         self.message = message
 
 
-# --- what the engine is made of ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One tensor an engine layer reads or writes; `dims` has -1 where the extent is dynamic."""
-
-    name: str
-    dims: tuple[int, ...]
-    dtype: str
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it spans two dimensions or more: a weight does, a bias or a scale does not."""
-        return sum(d != 1 for d in self.dims) >= 2
-
-    @property
-    def volume(self) -> int:
-        """Element count, a dynamic extent counted as 1."""
-        total = 1
-        for extent in self.dims:
-            total *= max(extent, 1)
-        return total
-
-
-@dataclass(frozen=True)
-class EngineLayer:
-    """One kernel of a built engine and the ONNX nodes it came from."""
-
-    name: str
-    type: str
-    inputs: tuple[Operand, ...]
-    constants: tuple[Operand, ...]
-    outputs: tuple[Operand, ...]
-    onnx_nodes: tuple[str, ...]
-    weight_dtype: str | None = None
-    tactic: str = ""
-
-    @property
-    def is_matrix_op(self) -> bool:
-        """Whether the kernel convolves or multiplies matrices, as opposed to reshaping, moving or scaling."""
-        kind = self.type.lower()
-        if any(word in kind for word in ("correlation", "conv", "gemm", "matrix", "mha", "attention", "einsum")):
-            return True
-        # Generated kernels are called after their operations: __myl_FcAdd_..., __myl_MulMinMaxRounCast_...
-        return kind in ("kgen", "runtime_fusion", "fusion") and bool(re.search(r"(Fc|Dot|Gemm|Corr|Mma)", self.name))
-
-    @property
-    def activation_dtype(self) -> str:
-        return self.inputs[0].dtype if self.inputs else "none"
-
-    @property
-    def multiplied_dtype(self) -> str:
-        """Type of the second factor: the weight, or of a product of two activations the second input."""
-        if self.weight_dtype is not None:
-            return self.weight_dtype
-        weights = [c for c in self.constants if c.is_matrix]
-        if not weights and len(self.inputs) > 1:
-            return self.inputs[1].dtype  # attention products, and weights that an earlier kernel unpacks
-        candidates = weights or list(self.constants)  # a 1x1 depthwise weight is as thin as a bias; it comes first
-        return max(candidates, key=lambda c: c.volume).dtype if candidates else "none"
-
-    @property
-    def output_dtype(self) -> str:
-        return self.outputs[0].dtype if self.outputs else "none"
-
-
-_DTYPES = (  # in this order: "Float" is also in "BFloat16", "Int8" also in "UInt8"
-    ("BFloat16", r"BFloat16|BF16"),
-    ("UInt8", r"UInt8"),
-    ("FP8", r"FP8|Float8"),
-    ("FP4", r"FP4|Float4"),
-    ("Half", r"Half|FP16|Float16"),
-    ("Float", r"Float|FP32"),
-    ("Int8", r"Int8"),
-    ("Int4", r"Int4"),
-    ("Int32", r"Int32"),
-    ("Int64", r"Int64"),
-    ("Bool", r"Bool"),
-)
-
-
-def dtype_name(text: str) -> str:
-    """Return the element type named in a vendor's format description ("Row major linear FP16 format" -> "Half")."""
-    for name, pattern in _DTYPES:
-        if re.search(pattern, text, re.IGNORECASE):
-            return name
-    return text.strip() or "unknown"
-
-
-def onnx_nodes(metadata: str) -> tuple[str, ...]:
-    """Return the ONNX node names of a layer's Metadata, "[ONNX Layer: a][ONNX Layer: b]", separators and all."""
-    return tuple(re.findall(r"\[ONNX Layer: (.*?)\](?=\s*(?:[\x1e\x1f]|\[ONNX Layer: |$))", metadata))
-
-
-_OPERAND = re.compile(r"\{ Name: (?P<name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<dims>[-\d, ]*)\](?P<rest>.*?)\}")
-_LIST = r"\[\]|\[ \{.*?\}\]"
-_LAYER = re.compile(
-    rf"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: (?P<inputs>{_LIST}), "
-    rf"(?:Constants: (?P<constants>{_LIST}), )?Outputs: (?P<outputs>{_LIST}), (?P<rest>.*)$"
-)
-
-
-def _operands(text: str | None) -> tuple[Operand, ...]:
-    found = []
-    for match in _OPERAND.finditer(text or ""):
-        dims = tuple(int(d) for d in match["dims"].split(",") if d.strip())
-        kind = re.search(r"Datatype: ([^,}]*)", match["rest"])
-        found.append(Operand(match["name"], dims, dtype_name(kind[1] if kind else "")))
-    return tuple(found)
-
-
-def parse_layers(log: str) -> list[EngineLayer]:
-    """Return the layers of the last "Layers:" listing in a verbose build log (DETAILED profiling verbosity).
-
-    Empty where there is none. The listing is one line a layer and ends at the first other line.
-    """
-    layers: list[EngineLayer] = []
-    listing = False
-    for line in log.split("\n"):  # splitlines would also break at \x1e, which separates the nodes of a Metadata
-        if re.fullmatch(r"(\[[^\]]*\] ?)*Layers: ?", line):
-            layers, listing = [], True
-            continue
-        match = _LAYER.match(line) if listing else None
-        if match is None:
-            listing = listing and line.startswith("Name: ")  # a line we cannot read proves nothing, but ends nothing
-            continue
-        rest = match["rest"]
-        weight = re.search(r'Weights: \{"Type": "(\w+)"', rest)
-        tactic = re.search(r"TacticName: ([^,]*)", rest)
-        metadata = rest.partition("Metadata: ")[2]
-        layers.append(
-            EngineLayer(
-                match["name"],
-                match["type"],
-                _operands(match["inputs"]),
-                _operands(match["constants"]),
-                _operands(match["outputs"]),
-                onnx_nodes(metadata) or _nodes_of_name(match["name"]),
-                dtype_name(weight[1]) if weight else None,
-                tactic[1] if tactic else "",
-            )
-        )
-    return layers
-
-
-def parse_inspector(text: str) -> list[EngineLayer]:
-    """Return the layers of `EngineInspector.get_engine_information(JSON)`; names without details are left out."""
-
-    def operands(items: Any) -> tuple[Operand, ...]:
-        return tuple(
-            Operand(
-                str(item.get("Name", "")),
-                tuple(int(d) for d in item.get("Dimensions", ())),
-                dtype_name(str(item.get("Datatype") or item.get("Format/Datatype") or "")),
-            )
-            for item in items or ()
-            if isinstance(item, dict)
-        )
-
-    layers = []
-    for item in json.loads(text).get("Layers", []):
-        if not isinstance(item, dict):
-            continue
-        name = str(item.get("Name", ""))
-        weights = item.get("Weights")
-        layers.append(
-            EngineLayer(
-                name,
-                str(item.get("LayerType", "")),
-                operands(item.get("Inputs")),
-                operands(item.get("Constants")),
-                operands(item.get("Outputs")),
-                onnx_nodes(str(item.get("Metadata", ""))) or _nodes_of_name(name),
-                dtype_name(str(weights["Type"])) if isinstance(weights, dict) and "Type" in weights else None,
-                str(item.get("TacticName", "")),
-            )
-        )
-    return layers
-
-
-def _nodes_of_name(name: str) -> tuple[str, ...]:
-    """Read a fused layer's name, "a+b_myl0_9" or "a + b", where it carries no Metadata."""
-    return tuple(part.strip() for part in re.sub(r"_myl\d+_\d+$", "", name).split("+") if part.strip())
-
-
-# --- the proof --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerProof:
-    """One compute node of a quantized layer and what the engine multiplies for it; `problem` is empty when int8."""
-
-    layer: str
-    node: str
-    engine_layer: str
-    activation: str
-    weight: str
-    output: str
-    problem: str = ""
-
-
-def examine_int8(layers: Sequence[EngineLayer], expected: Mapping[str, Sequence[str]]) -> list[LayerProof]:
-    """Say for every compute node of every quantized layer what the engine multiplies.
-
-    `expected`: torch name of the layer -> names of its Conv/MatMul/Gemm nodes in the ONNX graph. A node is proven when
-    at least one matrix kernel of the engine claims it and all that do take Int8 x Int8. A node that none claims is a
-    problem, as is a layer without nodes: silence proves nothing.
-    """
-    by_node: dict[str, list[EngineLayer]] = {}
-    for engine_layer in layers:
-        for node in set(engine_layer.onnx_nodes):
-            by_node.setdefault(node, []).append(engine_layer)
-    proofs = []
-    for name, nodes in expected.items():
-        if not nodes:
-            proofs.append(LayerProof(name, "", "", "none", "none", "none", "no compute node was named for this layer"))
-        proofs.extend(_examine_node(name, node, by_node.get(node, []), len(layers)) for node in nodes)
-    return proofs
-
-
-def _examine_node(name: str, node: str, claimants: Sequence[EngineLayer], total: int) -> LayerProof:
-    kernels = [layer for layer in claimants if layer.is_matrix_op]
-    if not kernels:
-        if claimants:
-            where = ", ".join(sorted({f"{layer.name} ({layer.type})" for layer in claimants}))
-            problem = f"no matrix kernel computes it, only {where}: it was dissolved into element-wise kernels"
-        else:
-            problem = (
-                f"none of the {total} engine layers names it: folded away, renamed after the graph was exported, or "
-                "the log lacks details"
-            )
-        return LayerProof(name, node, "", "none", "none", "none", problem)
-    worst = next((k for k in kernels if (k.activation_dtype, k.multiplied_dtype) != ("Int8", "Int8")), kernels[0])
-    activation, weight = worst.activation_dtype, worst.multiplied_dtype
-    return LayerProof(
-        name, node, worst.name, activation, weight, worst.output_dtype, _cause_of_float(activation, weight)
-    )
-
-
-def _cause_of_float(activation: str, weight: str) -> str:
-    if activation == weight == "Int8":
-        return ""
-    took = f"takes {activation} x {weight}"
-    if activation == "Int8":
-        return f"{took}: its weight has no int8 DequantizeLinear, or one the builder could not keep (axis, zero-point)"
-    if weight == "Int8":
-        return f"{took}: only the weight is quantized, its input comes without QuantizeLinear/DequantizeLinear"
-    return (
-        f"{took}: not quantized at all, or the activation scale is not a rank-0 constant (a scale of shape [1] or one "
-        "computed at run time builds, and falls back to float)"
-    )
-
-
 # --- the build --------------------------------------------------------------------------------------------------------
 
 
@@ -312,8 +61,8 @@ def build_here(request: Mapping[str, Any]) -> dict[str, Any]:
     Every message of the builder goes to stderr. Raises BuildError; a builder that crashes takes the process along.
 
     Request keys: "module" (vendor package), "onnx", "engine", "partial" (paths; the engine is written to
-    the latter and renamed), "profiles" {input: {min, opt, max}},
-    "workspace_bytes" (or None), "inspect" (whether to load the engine and ask its inspector; needs a GPU).
+    the latter and renamed), "profiles" {input: {min, opt, max}}, "inspect" (whether to load the engine and ask its
+    inspector; needs a GPU), and the fields of `engines.trt.BuildOptions`.
     """
     try:
         trt: Any = importlib.import_module(str(request["module"]))
@@ -349,8 +98,7 @@ def build_here(request: Mapping[str, Any]) -> dict[str, Any]:
         raise BuildError("parse", f"the graph cannot be parsed: {errors}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if request.get("workspace_bytes"):
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(request["workspace_bytes"]))
+    cache = _apply_options(trt, config, request)
     _add_profile(builder, network, config, request["profiles"])
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -360,6 +108,9 @@ def build_here(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         partial.write_bytes(plan)
         partial.replace(engine)  # a reader sees the whole engine or none
+        if cache is not None:
+            partial.write_bytes(config.get_timing_cache().serialize())
+            partial.replace(str(request["timing_cache"]))
     except OSError as error:
         raise BuildError("io", f"the engine cannot be written to {engine}: {error}") from error
     layers = _inspect(trt, logger, plan) if request.get("inspect") else []
@@ -372,6 +123,35 @@ def build_here(request: Mapping[str, Any]) -> dict[str, Any]:
         "layers_from": source,
         "layers": [asdict(layer) for layer in layers or parse_layers("\n".join(listing[-1:]))],
     }
+
+
+def _apply_options(trt: Any, config: Any, request: Mapping[str, Any]) -> Any:
+    """Set what was asked for beside the graph; return the timing cache, None without one.
+
+    Raises BuildError where this version has no such option: an engine that lacks what was asked for is worse.
+    """
+
+    def option(enum: str, name: str) -> Any:
+        value = getattr(getattr(trt, enum, None), name, None)
+        if value is None:
+            raise BuildError("option", f"{request['module']} {trt.__version__} has no {enum}.{name}")
+        return value
+
+    if request.get("workspace_bytes"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(request["workspace_bytes"]))
+    for key, flag in (("version_compatible", "VERSION_COMPATIBLE"), ("refit", "REFIT")):
+        if request.get(key):
+            config.set_flag(option("BuilderFlag", flag))
+    if request.get("hardware", "none") != "none":
+        level = str(request["hardware"]).upper().replace("-", "_")
+        config.hardware_compatibility_level = option("HardwareCompatibilityLevel", level)
+    if not request.get("timing_cache"):
+        return None
+    path = Path(str(request["timing_cache"]))
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):  # False: not one of another device
+        raise BuildError("option", f"the timing cache {path} is damaged, or of another version or device: remove it")
+    return cache
 
 
 def _add_profile(builder: Any, network: Any, config: Any, profiles: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
@@ -548,47 +328,24 @@ def finish(bundle: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     build = {**request, "onnx": str(bundle / str(request["onnx"])), "engine": str(unproven), "inspect": True}
     try:
         result = build_in_child(build, folder / "build.log")
-        proofs = examine_int8([layer_from_json(layer) for layer in result.pop("layers")], request["expected"])
+        proofs = examine([layer_from_json(layer) for layer in result.pop("layers")], request["expected"])
         record = {
             "engine": str(engine.relative_to(bundle)),
             "arch": arch,
             "module": request["module"],
             **result,
-            "int8_layers": sum(not proof.problem for proof in proofs),
+            "products": dict(Counter(f"{p.activation} x {p.weight}" for p in proofs if not p.problem)),
             "proofs": [asdict(proof) for proof in proofs],
         }
         (folder / "result.json").write_text(json.dumps(record, indent=1) + "\n")
         failed = [proof for proof in proofs if proof.problem]
         if failed:
-            raise BuildError("proof", describe(failed, len(proofs)))
+            planned = {kind for kind, _ in request["expected"].values()}
+            raise BuildError("proof", describe(failed, len(proofs), "in int8" if planned == {"Int8"} else "as planned"))
         unproven.replace(engine)
     finally:
         unproven.unlink(missing_ok=True)
     return record
-
-
-def describe(failed: Sequence[LayerProof], total: int) -> str:
-    """Return one line a layer that is not int8, under a line that counts them."""
-    lines = "\n".join(f"    {proof.layer} (node {proof.node!r}) {proof.problem}" for proof in failed)
-    return f"{len(failed)} of {total} quantized operators do not run in int8:\n{lines}"
-
-
-def layer_from_json(item: Mapping[str, Any]) -> EngineLayer:
-    """Undo `dataclasses.asdict` after a trip through JSON."""
-
-    def operands(key: str) -> tuple[Operand, ...]:
-        return tuple(Operand(o["name"], tuple(o["dims"]), o["dtype"]) for o in item[key])
-
-    return EngineLayer(
-        item["name"],
-        item["type"],
-        operands("inputs"),
-        operands("constants"),
-        operands("outputs"),
-        tuple(item["onnx_nodes"]),
-        item["weight_dtype"],
-        item["tactic"],
-    )
 
 
 def vendor_version(module: str) -> str | None:
@@ -624,8 +381,8 @@ def main(arguments: Sequence[str]) -> int:
         return {"backend": EXIT_BACKEND, "io": EXIT_RESOURCE, "memory": EXIT_RESOURCE}.get(failure.kind, EXIT_FAILED)
     print(
         f"{record['engine']}: {record['size_bytes']} bytes in {record['seconds']:.1f} s, {record['module']} "
-        f"{record['version']} on {record['arch']}; {record['int8_layers']} of {record['int8_layers']} quantized "
-        f"operators take int8 x int8 (by engine {record['layers_from']})"
+        f"{record['version']} on {record['arch']}; quantized operators by engine {record['layers_from']}: "
+        + ", ".join(f"{count} take {types}" for types, count in sorted(record["products"].items()))
     )
     return 0
 

@@ -11,6 +11,7 @@ from passes.gather_timestep_scale import GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
 from passes.keep_boundary_8bit import KeepBoundary8Bit
 from passes.lower.group_by_row import GroupByRow
+from passes.lower.narrow_float import NarrowFloat
 from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO
 from passes.lower.ort_cpu import FLOAT_KERNEL, LowerOrtCpu
 from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
@@ -66,9 +67,14 @@ def float_ort_cpu() -> ir.passes.Sequential:
     return ir.passes.Sequential(RowGroupNorm(), RemoveUnusedNodesPass())
 
 
-def lower_tensorrt(plan: QuantPlan, weights: QuantWeights) -> ir.passes.Sequential:
-    """Canonical graph to the graph for TensorRT and TensorRT-RTX."""
-    return ir.passes.Sequential(LowerTensorRT(plan, weights), VerifyTensorRT(), RemoveUnusedNodesPass())
+def lower_tensorrt(
+    plan: QuantPlan, weights: QuantWeights, *, fp8: bool = False, half: ir.DataType | None = None
+) -> ir.passes.Sequential:
+    """Canonical graph to the graph for TensorRT and TensorRT-RTX; half: type of what is not quantized."""
+    narrow = [] if half is None else [NarrowFloat(plan, half)]
+    return ir.passes.Sequential(
+        LowerTensorRT(plan, weights, fp8=fp8), VerifyTensorRT(), *narrow, RemoveUnusedNodesPass()
+    )
 
 
 def lower_openvino(plan: QuantPlan, weights: QuantWeights, *, vnni: bool) -> ir.passes.Sequential:

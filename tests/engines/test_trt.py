@@ -155,7 +155,7 @@ def _finish(tmp_path: Path, expected: dict[str, tuple[str, ...]]) -> subprocess.
         "unet/model.onnx",
         flavor=TrtFlavor.RTX,
         profiles=PROFILES,
-        expected=expected,
+        expected={name: ("Int8", nodes) for name, nodes in expected.items()},
         engines_relpath="unet/engines",
     )
     assert script.command == "python finish_on_gpu.py"
@@ -187,10 +187,10 @@ def test_the_finish_script_builds_proves_and_places_the_engine(tmp_path: Path) -
     folder = tmp_path / "unet" / "engines" / f"trt-rtx-sm89-{flavor_version(TrtFlavor.RTX)}"
     assert sorted(p.name for p in folder.iterdir()) == ["build.log", "engine.plan", "result.json"]
     record = json.loads((folder / "result.json").read_text())
-    assert record["int8_layers"] == len(EXPECTED)
+    assert record["products"] == {"Int8 x Int8": len(EXPECTED)}
     assert record["layers_from"] == "log", "without a real GPU the inspector cannot be asked"
     assert record["size_bytes"] == (folder / "engine.plan").stat().st_size
-    assert "7 of 7 quantized operators take int8 x int8" in done.stdout
+    assert "7 take Int8 x Int8" in done.stdout
 
 
 def test_the_finish_script_places_no_engine_that_is_not_proven(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_the_finish_script_places_no_engine_that_is_not_proven(tmp_path: Path) -
 
 @pytest.mark.skipif(trt.gpu_present(), reason="says what happens without a GPU")
 def test_the_finish_script_says_what_is_missing(tmp_path: Path) -> None:
-    script = write_finish_script(tmp_path, "model.onnx", flavor=TrtFlavor.TRT, profiles=PROFILES, expected=EXPECTED)
+    script = write_finish_script(tmp_path, "model.onnx", flavor=TrtFlavor.TRT, profiles=PROFILES, expected={})
     compile(script.path.read_text(), str(script.path), "exec")
     done = subprocess.run([sys.executable, str(script.path)], capture_output=True, text=True, check=False)
     assert done.returncode == BackendMissingError.exit_code
@@ -217,12 +217,14 @@ def test_the_finish_script_stays_in_its_bundle(tmp_path: Path) -> None:
             write_finish_script(tmp_path, path, flavor=TrtFlavor.TRT, profiles={}, expected={})
 
 
-def test_the_standalone_file_needs_only_the_standard_library() -> None:
+def test_the_finish_script_needs_only_the_standard_library(tmp_path: Path) -> None:
+    script = write_finish_script(tmp_path, "model.onnx", flavor=TrtFlavor.TRT, profiles=PROFILES, expected={})
+    assert "from engines" not in script.path.read_text()
     code = (
         "import sys, runpy; runpy.run_path(sys.argv[1])\n"
         "print([m for m in sys.modules if m.split('.')[0] not in sys.stdlib_module_names and not m.startswith('__')])"
     )
-    command = [sys.executable, "-I", "-S", "-c", code, str(trt_standalone.__file__)]
+    command = [sys.executable, "-I", "-S", "-c", code, str(script.path)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -1,170 +1,125 @@
-"""Accuracy beside NVIDIA Model Optimizer, on the bundled model: same samples, same bits, same seeds.
+"""NVIDIA Model Optimizer on the float UNet, `mtq.quantize` as documented; at 8 bits its own Q/DQ graph in ONNX Runtime.
 
-    python -m venv peer && peer/bin/pip install . nvidia-modelopt     # its own environment: it has its own pins
-    peer/bin/python tests/benchmarks/peer_modelopt.py --bits w8a8 w6a6 w4a4 --output peer_modelopt.json
-
-What is shared, and the columns, are described in `peer_bench.py`.
-
-dmqexport runs its own calibration and the fake quantization that its ONNX graph reproduces code by code. Model
-Optimizer runs `mtq.quantize` as documented, in several settings, so that no difference is a badly chosen one:
+In several settings, so that no difference is a badly chosen one:
 
 * recipe: its preset for diffusers (`configs/ptq/presets/diffusers/int8`) with the layers its diffusers example leaves
-  in float by name: time embedding and its projections, first and last convolution, all shortcut convolutions.
-  "dmqexport ..., those layers in float" leaves the same ones;
-* default: `INT8_DEFAULT_CFG` as it ships, whose name patterns (made for language models) leave the blocks' `proj_out`;
-* same layers: every layer that dmqexport quantizes, at the same bits, the boundary at 8: the like-for-like rows. With
-  max calibration (its default), with its `mse` search of weight scales, and with SmoothQuant, which it has for 8 bits
-  only, at its default alpha of 1 and at 0.5.
+  in float by name: time embedding and its projections, first and last convolution, all shortcut convolutions;
+* default: `INT8_DEFAULT_CFG` as it ships;
+* same: every layer that dmqexport quantizes, at the same bits, the boundary at 8; with max calibration (its default),
+  its `mse` search of weight scales, or SmoothQuant, which it has for 8 bits only.
 
-Not tried: the percentile calibrator of its diffusers example, which is not part of the package, and its training
-(QAT) and mixed-precision search, which have no counterpart here. At bits other than 8 only `num_bits` changes; those
-rows are simulations that its exporter refuses to write ("Number of bits must be 8 for INT8 ONNX export").
+Not tried: the percentile calibrator of its diffusers example, which is not part of the package, its training and its
+mixed-precision search. At bits other than 8 only `num_bits` changes; its exporter refuses to write those ("Number of
+bits must be 8 for INT8 ONNX export"), so that they are judged as its own fake quantization.
 """
 
 import copy
 import fnmatch
-import importlib
-import io
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
-from peer_bench import Bench, Row, parser, report
-from torch import nn
+from peer_job import MODEL, UNET, Job, Result, main
 
-from dmqexport.quant_types import BitWidths
-
-# The names that the diffusers example of Model Optimizer leaves in float by default (those that SD-like UNets have).
+PACKAGES = {"modelopt.torch.quantization": "nvidia-modelopt", "torch": "torch", "diffusers": "diffusers"}
+#: The names that its diffusers example leaves in float by default (those that UNets like Stable Diffusion's have).
 EXAMPLE_KEEPS_FLOAT = ("time_emb_proj", "time_embedding", "conv_in", "conv_out", "conv_shortcut", "add_embedding")
+BATCH = 32
+OPSET = 20
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One way to run Model Optimizer.
+def quantize(job: Job) -> Result:
+    """setting: way (recipe, default, same), algorithm of `same`."""
+    import modelopt.torch.quantization as mtq
+    import torch
+    from diffusers import UNet2DConditionModel
 
-    config: bits -> its configuration. keep_float: parts of names to disable afterwards, as its example does.
-    only_8_bits: its algorithm does nothing at other widths.
-    """
+    torch.set_num_threads(1)
+    unet = UNet2DConditionModel.from_pretrained(job.shared / UNET).eval()
 
-    name: str
-    config: Callable[[BitWidths], dict[str, Any]]
-    keep_float: tuple[str, ...] = ()
-    only_8_bits: bool = False
+    def forward_loop(quantized: Any) -> None:
+        for batch in job.calibration(BATCH):
+            quantized(**{name: torch.from_numpy(value) for name, value in batch.items()}, return_dict=False)
 
-
-def settings(bench: Bench, mtq: Any) -> list[Setting]:
-    """Every way in which Model Optimizer is run."""
-    load_config = importlib.import_module("modelopt.torch.opt.config_loader").load_config
-    schema = importlib.import_module("modelopt.torch.quantization.config").QuantizeConfig
-    preset = load_config("configs/ptq/presets/diffusers/int8", schema_type=schema).model_dump(exclude_unset=True)
-
-    def at(base: Mapping[str, Any]) -> Callable[[BitWidths], dict[str, Any]]:
-        def config(widths: BitWidths) -> dict[str, Any]:
-            result = copy.deepcopy(dict(base))
-            for entry in result["quant_cfg"]:
-                attributes = entry.get("cfg") or {}
-                if "num_bits" in attributes:
-                    weight = "weight" in entry["quantizer_name"]
-                    attributes["num_bits"] = widths.weight if weight else widths.activation
-            return result
-
-        return config
-
-    def same_layers(algorithm: str | dict[str, Any]) -> Callable[[BitWidths], dict[str, Any]]:
-        boundary = [
-            layer.name
-            for layer in bench.found.layers
-            if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in bench.build.model.family.boundary)
-        ]
-
-        def config(widths: BitWidths) -> dict[str, Any]:
-            result = at(preset)(widths)
-            result["algorithm"] = algorithm
-            for name in boundary:
-                for kind, axis in (("weight", 0), ("input", None)):
-                    result["quant_cfg"].append(
-                        {"quantizer_name": f"{name}.{kind}_quantizer", "cfg": {"num_bits": 8, "axis": axis}}
-                    )
-            return result
-
-        return config
-
-    return [
-        Setting("Model Optimizer, diffusers recipe", at(preset), EXAMPLE_KEEPS_FLOAT),
-        Setting("Model Optimizer, INT8_DEFAULT_CFG", at(mtq.INT8_DEFAULT_CFG)),
-        Setting("Model Optimizer, same layers, max", same_layers("max")),
-        Setting("Model Optimizer, same layers, mse", same_layers("mse")),
-        *(
-            Setting(
-                f"Model Optimizer, same layers, smoothquant {alpha}",
-                same_layers({"method": "smoothquant", "alpha": alpha}),
-                only_8_bits=True,
-            )
-            for alpha in (1.0, 0.5)
-        ),
+    described = json.loads((job.shared / MODEL).read_text(encoding="utf-8"))
+    weight, activation = (int(part) for part in job.bits.removeprefix("w").split("a"))
+    config = _config(job.setting, mtq, weight, activation, described)
+    with torch.no_grad():
+        mtq.quantize(unet, config, forward_loop)
+    if job.setting["way"] == "recipe":
+        mtq.disable_quantizer(unet, lambda name: any(part in name for part in EXAMPLE_KEEPS_FLOAT))
+    layers = {name: unet.get_submodule(name) for name in described["layers"]}
+    kept = [
+        name
+        for name, layer in layers.items()
+        if not (layer.weight_quantizer.is_enabled and layer.input_quantizer.is_enabled)
     ]
+    note = f"{len(kept)} of {len(layers)} layers in float" if kept else ""
+    if (weight, activation) != (8, 8):
+        return Result("simulation", None, note=note, later=lambda: _judged(job, unet))
+    note = "; ".join(filter(None, [note, "its exporter stores float weights"]))
+    return Result("onnxruntime", _export(unet, job), note=note)
 
 
-def peer(bench: Bench, mtq: Any, setting: Setting, bits: str) -> Row:
-    """Model Optimizer in one setting."""
-    start = time.perf_counter()
-    model = copy.deepcopy(bench.denoiser)
+def _config(
+    setting: Mapping[str, Any], mtq: Any, weight: int, activation: int, described: Mapping[str, Any]
+) -> dict[str, Any]:
+    from modelopt.torch.opt.config_loader import load_config
+    from modelopt.torch.quantization.config import QuantizeConfig
 
-    def forward_loop(quantized: nn.Module) -> None:
-        for _, batch in bench.calibration.batches(bench.batch_size):
-            bench.run(quantized, batch)
-
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it counts aloud; the table says it all
-        with torch.no_grad():
-            mtq.quantize(model, setting.config(BitWidths.parse(bits)), forward_loop)
-        if setting.keep_float:
-            mtq.disable_quantizer(model, lambda name: any(part in name for part in setting.keep_float))
-    seconds = time.perf_counter() - start
-    kept = []
-    for layer in bench.found.layers:
-        module = model.get_submodule(layer.name)
-        if not (module.weight_quantizer.is_enabled and module.input_quantizer.is_enabled):
-            kept.append(layer.name)
-    return bench.row(setting.name, bits, model, kept, seconds)
-
-
-def compare(bench: Bench, mtq: Any, recipes: Sequence[str], requested: Sequence[str]) -> Iterator[Row]:
-    """Every setting at every width, then ours, also with the layers in float that its recipe leaves there."""
-    floats = [layer.name for layer in bench.found.layers if any(n in layer.name for n in EXAMPLE_KEEPS_FLOAT)]
-    for bits in requested:
-        for setting in settings(bench, mtq):
-            if not setting.only_8_bits or BitWidths.parse(bits) == BitWidths(8, 8):
-                yield peer(bench, mtq, setting, bits)
-        for recipe in recipes:
-            yield bench.ours(recipe, bits)
-            same = f"quantization.keep_float=[{', '.join(floats)}]"
-            yield bench.ours(recipe, bits, same, name=f"dmqexport, recipe {recipe}, those layers in float")
+    preset = load_config("configs/ptq/presets/diffusers/int8", schema_type=QuantizeConfig)
+    base = mtq.INT8_DEFAULT_CFG if setting["way"] == "default" else preset.model_dump(exclude_unset=True)
+    config = copy.deepcopy(dict(base))
+    for entry in config["quant_cfg"]:
+        attributes = entry.get("cfg") or {}
+        if "num_bits" in attributes:
+            attributes["num_bits"] = weight if "weight" in entry["quantizer_name"] else activation
+    if setting["way"] == "same":
+        config["algorithm"] = setting["algorithm"]
+        for name in described["layers"]:
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in described["boundary"]):
+                for kind, axis in (("weight", 0), ("input", None)):
+                    entry = {"quantizer_name": f"{name}.{kind}_quantizer", "cfg": {"num_bits": 8, "axis": axis}}
+                    config["quant_cfg"].append(entry)
+    return config
 
 
-def main() -> None:
-    """Run the comparison, print the table, write the JSON."""
-    found = parser("Accuracy of dmqexport beside NVIDIA Model Optimizer.", "peer_modelopt.json")
-    found.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a4"], help="wNaM, several allowed")
-    options = found.parse_args()
-    if any(BitWidths.parse(bits).activation is None for bits in options.bits):
-        raise SystemExit("weight-only widths are not compared here: give wNaM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of every optional framework that is absent or newer than it knows
-        try:
-            mtq = importlib.import_module("modelopt.torch.quantization")
-            version = importlib.import_module("modelopt").__version__
-        except ImportError as error:
-            raise SystemExit(
-                f"Model Optimizer is not installed: {error}\n  hint: pip install nvidia-modelopt"
-            ) from error
-    bench = Bench(options)
-    rows = compare(bench, mtq, options.recipes, options.bits)
-    report(bench, rows, lambda row: options.bits.index(row.bits), {"modelopt": version}, options.output)
+def _export(unet: Any, job: Job) -> Path:
+    """Its Q/DQ graph, through the exporter that it has its Q/DQ operators for."""
+    import torch
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, *values: Any) -> Any:
+            return self.unet(**dict(zip(names, values, strict=True)), return_dict=False)[0]
+
+    batch = next(job.calibration(2, 2))
+    names, output = list(batch), job.output / "model.onnx"
+    with torch.inference_mode():
+        torch.onnx.export(
+            Wrapped(),
+            tuple(torch.from_numpy(value) for value in batch.values()),
+            str(output),
+            input_names=names,
+            output_names=["out_sample"],
+            dynamic_axes={name: {0: "batch"} for name in [*names, "out_sample"]},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    return output
+
+
+def _judged(job: Job, unet: Any) -> dict[str, Any]:
+    """Its fake quantization, judged like everyone else's artefacts."""
+    from peer_judge import judge_of, metrics_of
+
+    judge = judge_of(job.judge)
+    return metrics_of(judge, unet, bool(job.judge["pictures"]))
 
 
 if __name__ == "__main__":
-    main()
+    main(quantize, PACKAGES)

@@ -26,6 +26,7 @@ from engines.openvino_profile import profile_network
 from engines.ort import OrtRunner, available_cores
 from engines.ort_half import half_computes_in, write_half
 from engines.ort_profile import NodeTime, by_layer, by_operator, profile_nodes
+from engines.roofline import measure_peaks, place
 from engines.runner import Runner
 from engines.trt import gpu_present
 
@@ -245,8 +246,10 @@ def _trajectory(bundle: Bundle, runners: Mapping[str, Runner], inputs: Mapping[s
 
 def _parts(
     bundle: Bundle, own: str, baseline: Path, inputs: Mapping[str, np.ndarray], threads: int | None
-) -> dict[str, list[dict[str, Any]] | dict[str, list[dict[str, Any]]]]:
+) -> dict[str, Any]:
     """Time by layer and by operator, in both graphs; None where the runtime gave a layer's node another name.
+
+    In ONNX Runtime operators are placed under the machine's peaks, as it reaches them here.
 
     The convolution that makes the graph's output is such a one: it is named after that.
     """
@@ -271,9 +274,17 @@ def _parts(
         fp32, quantized = times[FP32][name] or None, times[QUANTIZED][name] or None
         ratio = None if fp32 is None or quantized is None else quantized / fp32
         layers.append({"layer": name, "fp32_ms": fp32, "quantized_ms": quantized, "ratio": ratio})
+    # Peaks are ONNX Runtime's, and so is the way that integer operators are told from others.
+    peaks = measure_peaks(threads) if own == ONNXRUNTIME else None
     return {
         "layers": layers,
-        "operators": {side: [asdict(row) for row in by_operator(found)[:_OPERATORS]] for side, found in nodes.items()},
+        "peaks": None if peaks is None else asdict(peaks),
+        "operators": {
+            side: [
+                asdict(row) | ({} if peaks is None else place(row, peaks)) for row in by_operator(found)[:_OPERATORS]
+            ]
+            for side, found in nodes.items()
+        },
     }
 
 

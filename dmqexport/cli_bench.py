@@ -56,6 +56,12 @@ def print_bench(result: Mapping[str, Any]) -> None:
         ]
         if named:
             print(columns([("layer", "fp32", "quantized", "ratio"), *named]))
+    peaks = result.get("peaks")
+    if peaks:
+        print(
+            f"peaks here: {peaks['gflops']:.0f} GFLOP/s in float32, {peaks['int8_gops']:.0f} in int8, "
+            f"{peaks['gbytes']:.1f} GB/s of memory"
+        )
     for side, table in result["operators"].items():
         print(f"operators, {side}:")
         lines = [
@@ -66,8 +72,9 @@ def print_bench(result: Mapping[str, Any]) -> None:
                 f"{row['ms']:.3f} ms",
                 f"{row['gflops']:.1f} GFLOP/s" if row["gflops"] else "",
                 f"{row['gbytes']:.1f} GB/s",
+                f"{row['of_peak']:.0%} of {row['bound']}" if peaks else "",
                 f"{row['share']:.1%}",
             )
             for row in table[:_MOST]
         ]
-        print(columns([("operator", "shapes", "nodes", "time", "arithmetic", "traffic", "share"), *lines]))
+        print(columns([("operator", "shapes", "nodes", "time", "arithmetic", "traffic", "of peak", "share"), *lines]))

@@ -1,8 +1,9 @@
 """The verbs for finished bundles and for the machine."""
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,7 @@ from dmqexport.cli_options import (
     BundleArgument,
     JsonOption,
     QuietOption,
+    RebuildOption,
     SchedulerOption,
     StepsOption,
     ThreadsOption,
@@ -19,6 +21,9 @@ from dmqexport.cli_options import (
     WorkOption,
 )
 from dmqexport.errors import PerformanceGateError, ResourceError
+
+if TYPE_CHECKING:
+    from dmqexport.bundle import Bundle
 
 
 def run(
@@ -39,6 +44,7 @@ def run(
     scale: Annotated[int, typer.Option("--scale", metavar="N", min=1, max=32, help="Enlarge each pixel N times.")] = 1,
     threads: ThreadsOption = None,
     verify: VerifyOption = False,
+    rebuild: RebuildOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -53,7 +59,9 @@ def run(
     from dmqexport.bundle import open_bundle
     from dmqexport.cli_console import console_reporter
 
-    opened = open_bundle(bundle, verify=verify)
+    opened = _rebuilt(bundle) if rebuild else open_bundle(bundle)
+    if verify:
+        opened = open_bundle(bundle, verify=True)
     with console_reporter(quiet=quiet) as reporter:
         from dmqexport.draw import draw_grid
 
@@ -66,6 +74,7 @@ def run(
 def inspect(
     bundle: BundleArgument,
     verify: VerifyOption = False,
+    rebuild: RebuildOption = False,
     layers: Annotated[bool, typer.Option("--layers", help="List every layer, worst first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -77,7 +86,9 @@ def inspect(
     start_logging(verbose=False)
     from dmqexport.bundle import open_bundle
 
-    opened = open_bundle(bundle, verify=verify)
+    opened = _rebuilt(bundle) if rebuild else open_bundle(bundle)
+    if verify:
+        opened = open_bundle(bundle, verify=True)
     if as_json:
         document = {key: value for key, value in opened.manifest.items() if key != "files"}
         result = {"manifest": document, "metrics": opened.report["metrics"]}
@@ -113,6 +124,7 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Write a picture of the details there, as SVG.")
     ] = None,
+    rebuild: RebuildOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -133,7 +145,7 @@ def bench(
     from dmqexport.bundle import open_bundle
     from dmqexport.cli_console import console_reporter
 
-    opened = open_bundle(bundle)
+    opened = _rebuilt(bundle) if rebuild else open_bundle(bundle)
     with console_reporter(quiet=as_json) as reporter:
         from dmqexport.bench import bench_bundle
 
@@ -152,6 +164,13 @@ def bench(
         print_bench(result)
     if max_ratio is not None and result["ratio"] > max_ratio:
         raise PerformanceGateError(f"ratio {result['ratio']:.3f} is above --max-ratio {max_ratio:g}")
+
+
+def _rebuilt(path: Path) -> "Bundle":
+    """The bundle, built anew where it does not fit this machine; what was done goes to standard error."""
+    from dmqexport.pipeline_rebuild import rebuild
+
+    return rebuild(path, lambda text: print(text, file=sys.stderr))
 
 
 def _write(path: Path, text: str) -> None:

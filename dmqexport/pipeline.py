@@ -17,7 +17,7 @@ import torch
 
 from calib.sampling import TIMESTEP
 from dmqexport.bundle import ENGINE_GRAPH, GRAPH
-from dmqexport.errors import BackendMissingError, DmqExportError
+from dmqexport.errors import BackendMissingError, DmqExportError, LoweringError
 from dmqexport.onnx_export import OPSET, export_float_graph, save_model
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_sampler import SamplerTraining
@@ -212,7 +212,14 @@ class Build(SamplerTraining):
             save_model(narrow, folder / ENGINE_GRAPH)
             half = None
         _rewrite(model, lower_tensorrt(plan, weights, fp8=fp8, half=half))
-        (folder / "types.json").write_text(json.dumps(product_types(model, plan)), encoding="utf-8")
+        types = product_types(model, plan)
+        if fp8 and not any(kind == "FP8" for kind, _ in types.values()):
+            raise LoweringError(
+                f"--precision fp8: of {len(types)} layers none has codes that are all E4M3 numbers, up to 16",
+                hint="rows or layers of more bits than 4 take int8: plan w4a4 without --mixed and with "
+                "quantization.row_bits=even, or leave --precision out",
+            )
+        (folder / "types.json").write_text(json.dumps(types), encoding="utf-8")
 
     @property
     def canonical_graph(self) -> Path:

@@ -20,6 +20,7 @@ from dmqexport.bundle import Bundle, open_bundle, read_json
 from dmqexport.errors import BundleError, EngineError, ModelError
 from dmqexport.models.family import Family, bind_call, family_of, table_keys
 from dmqexport.target import Target, cpu_has_vnni
+from engines import openvino_ir
 from engines.openvino_ir import open_ir
 from engines.ort import OrtRunner
 from engines.runner import Runner
@@ -102,12 +103,20 @@ class _Config(dict[str, Any]):
             raise AttributeError(name) from error
 
 
-def load_denoiser(bundle: str | Path, *, threads: int | None = None, verify: bool = False) -> QuantizedDenoiser:
+def load_denoiser(
+    bundle: str | Path, *, threads: int | None = None, verify: bool = False, rebuild: bool = False
+) -> QuantizedDenoiser:
     """Open a bundle's denoiser: for OpenVINO if that is its target, else for ONNX Runtime on CPU.
 
-    Raises BundleError when the bundle is broken or needs a CPU feature this machine lacks, BackendMissingError when
-    its runtime is not installed.
+    rebuild: a bundle that does not fit this machine is built anew, in place, from the graph that it keeps.
+
+    Raises BundleError when the bundle is broken or does not fit this machine, BackendMissingError when its runtime is
+    not installed.
     """
+    if rebuild:
+        from dmqexport import pipeline_rebuild
+
+        pipeline_rebuild.rebuild(Path(bundle))
     opened = open_bundle(Path(bundle), verify=verify)
     check_machine(opened)
     config = read_json(opened.path / opened.component / "config.json")
@@ -132,20 +141,42 @@ def open_runner(bundle: Bundle, threads: int | None = None) -> Runner:
 
 
 def check_machine(bundle: Bundle) -> None:
-    """Raise BundleError when this machine would compute wrong results with the bundle's graph."""
-    needs = bundle.manifest["session"].get("cpu_features", [])
-    if "vnni" in needs and not cpu_has_vnni():
+    """Raise BundleError when this machine would refuse the bundle or compute wrong results with it."""
+    reason = machine_misfit(bundle)
+    if reason is not None:
         raise BundleError(
-            f"{bundle.path}: built for CPUs with VNNI; here its 8-bit products could saturate",
-            hint="rebuild with --set lowering.cpu_isa=portable",
+            f"{bundle.path}: {reason}",
+            hint=f"dmqexport inspect {bundle.path} --rebuild makes it fit, from the graph that it keeps",
         )
 
 
-def load_pipeline(bundle: str | Path, *, threads: int | None = None) -> Any:
-    """A ready diffusers pipeline around the quantized denoiser; BundleError when the bundle is not a pipeline."""
+def machine_misfit(bundle: Bundle) -> str | None:
+    """Why what `dmqexport run` would execute does not fit this machine; None when it does."""
+    needs = bundle.manifest["session"].get("cpu_features", [])
+    if "vnni" in needs and not cpu_has_vnni():
+        return "built for CPUs with VNNI; here its 8-bit products could saturate"
+    engine = bundle.manifest.get("engine")
+    if bundle.manifest["target"] != Target.OPENVINO or engine is None:
+        return None
+    installed = openvino_ir.version()
+    # Without OpenVINO there is nothing to rebuild with: opening the bundle says what to install.
+    if installed is not None and _numbers(installed) < _numbers(str(engine["version"])):
+        return f"built by OpenVINO {engine['version']}; here is {installed}, which may not read it"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("-")[0].split(".") if part.isdigit())
+
+
+def load_pipeline(bundle: str | Path, *, threads: int | None = None, rebuild: bool = False) -> Any:
+    """A ready diffusers pipeline around the quantized denoiser; BundleError when the bundle is not a pipeline.
+
+    rebuild: see `load_denoiser`.
+    """
     from dmqexport.models.loading import pipeline_from_folder
 
     path = Path(bundle)
+    denoiser = load_denoiser(path, threads=threads, rebuild=rebuild)
     opened = open_bundle(path)
-    denoiser = load_denoiser(path, threads=threads)
     return pipeline_from_folder(path, {opened.component: denoiser})

@@ -1,5 +1,6 @@
 """One float forward that finds what can be quantized: layers, shared inputs, concat readers, attentions."""
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,11 +149,19 @@ class _ConcatMode(TorchFunctionMode):
         return result
 
 
-def probe(denoiser: nn.Module, run: Callable[[int], Any]) -> ProbeResult:
+def _checksum(tensor: Tensor, index: int) -> int:
+    """Not torch.hash_tensor: values that repeat, as an upsampler's do, cancel in its exclusive or."""
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).cpu().numpy())
+
+
+def probe(
+    denoiser: nn.Module, run: Callable[[int], Any], checksum: Callable[[Tensor, int], int] = _checksum
+) -> ProbeResult:
     """Run the float denoiser twice and report what can be quantized.
 
     `run(index)` must run one forward; index 0 and 1 must differ in timestep and sample and in nothing else, so that a
-    tensor equal in both does not depend on the timestep. Raises CalibrationError when nothing quantizable ran.
+    tensor equal in both does not depend on the timestep. checksum: (tensor, index) → what equal tensors have in common.
+    Raises CalibrationError when nothing quantizable ran.
     """
     checksums: list[dict[str, int]] = [{}, {}]
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
@@ -166,7 +175,7 @@ def probe(denoiser: nn.Module, run: Callable[[int], Any]) -> ProbeResult:
 
     def observe(name: str, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            checksums[index][name] = int(torch.hash_tensor(args[0].contiguous()).view(torch.int64))
+            checksums[index][name] = checksum(args[0], index)
             if index == 0:
                 identities[name] = known.of(args[0])
                 shapes[name] = (args[0].shape, output.shape)

@@ -33,12 +33,12 @@ from dmqexport.workspace import StageRecord, content_key
 #: Raise a stage's number when its result changes for the same inputs, so that old work folders are not reused.
 STAGE_VERSIONS = {
     "trajectories": 3,
-    "scaling": 2,
+    "scaling": 3,
     "candidates": 2,
     "sensitivity": 1,
     "allocation": 2,
     "pareto": 1,
-    "statistics": 2,
+    "statistics": 3,
     "plan": 4,
     "training-set": 1,
     "draft": 2,

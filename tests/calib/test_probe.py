@@ -187,3 +187,18 @@ def test_the_module_stack_survives_an_exception() -> None:
             toy(torch.zeros(1, 2))
         assert stack.current == ""
     assert not toy._forward_hooks
+
+
+def test_a_tensor_of_repeated_values_depends_on_the_timestep_too() -> None:
+    class Upsampling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.conv(nn.functional.interpolate(x, scale_factor=2.0))
+            return result
+
+    model = Upsampling()
+    found = probe(model, lambda index: model(torch.full((1, 2, 4, 4), 0.5 + index)))
+    assert found.layers[0].timestep_dependent

@@ -85,6 +85,7 @@ def freeze(
     row_bits: RowBits | None = None,
     timestep_scale: float = 1.0,
     provisional: Collection[str] = (),
+    weight_of: Callable[[str], Tensor] | None = None,
 ) -> QuantPlan:
     """Choose every scale and zero_point as `search` says, write the weight codes to `codes_path`, return the plan.
 
@@ -92,23 +93,26 @@ def freeze(
     factors: float32 [channels] by `source#index` (calib/channel_scaling.py); `statistics` must have been observed with
     the same ones, and the columns of the readers' weights are multiplied by them before they are quantized. row_bits:
     how rows differ from their layer's bits; None: not at all. provisional: layers whose weights will be rounded anew,
-    so that their ranges are not worth a search.
+    so that their ranges are not worth a search. weight_of: parameter name → its tensor, where `denoiser` does not hold
+    its weights; one is asked for at a time, and codes are written layer by layer.
     """
     layers: list[LayerQuant] = []
     float_layers = dict(found.unsupported)
-    codes: dict[str, CodeArray] = {}
     ranges: dict[tuple[str, int, int], ActivationQuant] = {}
-    for position, info in enumerate(found.layers):
-        choice = bits[info.name]
-        if choice.widths is None:
-            float_layers[info.name] = choice.reason
-            continue
-        how: RangeMethod = "minmax" if info.name in provisional else search
-        layers.append(
-            _freeze_layer(denoiser, info, choice, statistics, ranges, codes, search, how, factors or {}, row_bits)
-        )
-        if progress is not None:
-            progress(position + 1, len(found.layers))
+    with QuantWeights.writing(codes_path, _code_shapes(denoiser, found, bits)) as write:
+        for position, info in enumerate(found.layers):
+            choice = bits[info.name]
+            if choice.widths is None:
+                float_layers[info.name] = choice.reason
+                continue
+            name = f"{info.name}.weight"
+            weight = (denoiser.get_parameter(name) if weight_of is None else weight_of(name)).detach()
+            how: RangeMethod = "minmax" if info.name in provisional else search
+            layers.append(
+                _freeze_layer(weight, info, choice, statistics, ranges, write, search, how, factors or {}, row_bits)
+            )
+            if progress is not None:
+                progress(position + 1, len(found.layers))
     attentions: list[AttentionQuant] = []
     for name in found.attentions:
         if attention_bits is None:
@@ -117,7 +121,6 @@ def freeze(
             )
         else:
             attentions.append(_freeze_attention(name, statistics, attention_bits, search))
-    QuantWeights.save(codes_path, codes)
     return QuantPlan(
         model_fingerprint=model_fingerprint,
         bits=requested,
@@ -162,20 +165,31 @@ def with_row_bits(
     return replace(plan, layers=layers)
 
 
+def _code_shapes(denoiser: nn.Module, found: ProbeResult, bits: Mapping[str, LayerBits]) -> dict[str, tuple[int, ...]]:
+    """Shape of every segment's codes, by `layer#segment`."""
+    shapes = {}
+    for info in found.layers:
+        outputs, inputs, *kernel = denoiser.get_parameter(f"{info.name}.weight").shape
+        for index, (start, stop) in enumerate(info.segments):
+            if bits[info.name].widths is not None:
+                # A grouped convolution sees only its own group's channels.
+                shapes[f"{info.name}#{index}"] = (outputs, min(stop - start, inputs), *kernel)
+    return shapes
+
+
 def _freeze_layer(
-    denoiser: nn.Module,
+    weight: Tensor,
     info: LayerInfo,
     choice: LayerBits,
     statistics: Mapping[str, ActivationStatistics],
     ranges: dict[tuple[str, int, int], ActivationQuant],
-    codes: dict[str, CodeArray],
+    write: Callable[[str, CodeArray], None],
     search: RangeMethod,
     weight_search: RangeMethod,
     factors: Mapping[str, FloatArray],
     row_bits: RowBits | None,
 ) -> LayerQuant:
     assert choice.widths is not None
-    weight = denoiser.get_submodule(info.name).get_parameter("weight").detach()
     segments = []
     for index, (start, stop) in enumerate(info.segments):
         observed = statistics[f"{info.source}#{index}"]
@@ -192,7 +206,7 @@ def _freeze_layer(
         elif factor is not None:  # a weight-only reader has no table to put a factor in: it reads the tensor as it is
             moment = moment * torch.from_numpy(factor.copy()).square()
         qparams = _weight(part, moment, choice.widths.weight, info.op, weight_search)
-        codes[f"{info.name}#{index}"] = quantize_weight(part.numpy(), qparams)
+        write(f"{info.name}#{index}", quantize_weight(part.numpy(), qparams))
         segments.append(Segment(start, stop, qparams, activation))
     return LayerQuant(info.name, info.op, tuple(segments), info.parameters, choice.reason)
 

@@ -151,7 +151,7 @@ class _ConcatMode(TorchFunctionMode):
 
 def _checksum(tensor: Tensor, index: int) -> int:
     """Not torch.hash_tensor: values that repeat, as an upsampler's do, cancel in its exclusive or."""
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).cpu().numpy())
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
 
 
 def probe(

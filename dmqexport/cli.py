@@ -34,6 +34,7 @@ from dmqexport.cli_options import (
     PrecisionOption,
     PromptsOption,
     QuietOption,
+    RandomStatisticsOption,
     RecipeOption,
     ResumeOption,
     RevisionOption,
@@ -140,6 +141,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
         scheduler: SchedulerOption = None,
         calib_prompts: PromptsOption = None,
         calib_size: SizeOption = None,
+        random_statistics: RandomStatisticsOption = False,
         max_ram: MaxRamOption = None,
         max_disk: MaxDiskOption = None,
         seed: SeedOption = None,
@@ -175,6 +177,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
             "sampling.scheduler": scheduler,
             "calibration.prompts": None if calib_prompts is None else str(calib_prompts),
             "calibration.size": calib_size,
+            "calibration.statistics": "drawn" if random_statistics else None,
             "max_ram": max_ram,
             "max_disk": max_disk,
             "calibration.rows": rows,
@@ -279,6 +282,11 @@ def _validate(build: "Build", as_json: bool) -> None:
     from dmqexport.pipeline_report import ReportBuilder
     from dmqexport.pipeline_validate import Validation
 
+    if build.recipe.drawn:
+        raise RecipeError(
+            "there is nothing to validate: statistics were drawn, not measured",
+            hint="leave --random-statistics out; build and inspect show size and structure",
+        )
     report = ReportBuilder(build, Validation(build))
     metrics = {key: value for key, value in report.validation.metrics.items() if key != "layers"}
     if as_json:

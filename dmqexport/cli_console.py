@@ -169,7 +169,8 @@ def gate_rows(gates: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def print_summary(document: Mapping[str, Any], path: Path) -> None:
     """The end of a build."""
-    rows = metric_rows(document["metrics"])
+    drawn = document.get("statistics") == "drawn"
+    rows = [] if drawn else metric_rows(document["metrics"])
     size = document["size_bytes"]
     on_disk, nominal, original = (size[key] / 1e6 for key in ("storage", "nominal", "float"))
     rows.append(("size", f"{on_disk:.2f} MB on disk (nominal {nominal:.2f}, float {original:.2f})"))
@@ -189,7 +190,8 @@ def print_summary(document: Mapping[str, Any], path: Path) -> None:
     rows += [("warning", warning) for warning in document["warnings"]]
     if any(gate["passed"] is False for gate in document["gates"]):
         rows += [("try", suggestion) for suggestion in document["suggestions"]]
-    rows += [("bundle", str(path)), ("report", str(path / REPORT_HTML)), ("grid", str(path / GRID))]
+    rows += [("bundle", str(path)), ("report", str(path / REPORT_HTML))]
+    rows += [] if drawn else [("grid", str(path / GRID))]
     print(f"{document['model']['name']} {document['bits']} for {document['target']}\n{columns(rows)}")
 
 
@@ -205,7 +207,7 @@ def print_bundle(bundle: Bundle, layers: bool) -> None:
             "quantized",
             f"{len(plan.layers)} layers, {len(plan.attentions)} attentions, {plan.rows} rows of the timestep table",
         ),
-        *metric_rows(report["metrics"]),
+        *(metric_rows(report["metrics"]) if manifest.get("statistics") != "drawn" else _drawn_rows(report)),
     ]
     engine = manifest.get("engine")
     if engine:
@@ -220,6 +222,11 @@ def print_bundle(bundle: Bundle, layers: bool) -> None:
     print(columns(rows, indent=""))
     if layers:
         print("\n" + columns(_layer_rows(report["layers"]), indent=""))
+
+
+def _drawn_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """In the place of figures that nobody measured."""
+    return [("warning", str(warning)) for warning in report["warnings"][:1]]
 
 
 def _layer_rows(layers: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:

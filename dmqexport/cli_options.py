@@ -51,6 +51,13 @@ PromptsOption = Annotated[
 SizeOption = Annotated[
     int | None, typer.Option("--calib-size", metavar="N", help="Float trajectories to calibrate on. Default 64.")
 ]
+RandomStatisticsOption = Annotated[
+    bool,
+    typer.Option(
+        "--random-statistics",
+        help="Draw activation ranges instead of running the model: a bundle to prove size and structure, not to use.",
+    ),
+]
 MaxRamOption = Annotated[
     str | None,
     typer.Option("--max-ram", metavar="SIZE", help="Resident memory to keep to, e.g. 14GiB; refused if it cannot do."),

@@ -10,11 +10,12 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ OUTPUT_NAME = "out_sample"
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _INLINE_LIMIT = 64 * 2**20  # protobuf stops at 2 GB and copies several times; stay far below, memory-map the rest
 
+_STAND_IN_BYTES = 2**20  # of the smallest weight that a model may leave out
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,14 +41,16 @@ def export_float_graph(
     *,
     wrapper: str = "denoiser",
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    weight_of: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Export `wrapped` (forward takes `inputs` by name) to `path`, opset 21.
 
     wrapper: the attribute of `wrapped` that is the model, "" when it is the model itself. The first axis of every input
     is the dynamic batch; the sample batch must be at least 2 so that it does not specialise. dynamic_axes: input → axis
     → name, of further axes that may vary; one name is one size. `simplify` rewrites the graph before it is written, so
-    that its weights are written once. Raises BindingError when the graph names no layer at all; `passes.bind` then
-    checks every single one.
+    that its weights are written once. weight_of: parameter name of the model → its tensor, where the model holds none
+    (its own is on the meta device); weights are then asked for one at a time as the file is written. Raises
+    BindingError when the graph names no layer at all; `passes.bind` then checks every single one.
     """
     batch = torch.export.Dim("batch", min=1, max=4096)
     further = {label for axes in (dynamic_axes or {}).values() for label in axes.values()}
@@ -59,7 +64,7 @@ def export_float_graph(
         for name, module in wrapped.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
     }
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), _stand_ins(wrapped, wrapper) as absent:
         program = torch.onnx.export(
             wrapped.eval(),
             kwargs=dict(inputs),
@@ -72,10 +77,64 @@ def export_float_graph(
     assert program is not None
     model = program.model
     _annotate(model, layers, wrapper)
+    if absent:
+        assert weight_of is not None, "a module without its weights needs somebody who has them"
+        _attach(model, absent, weight_of)
     _rename(model)
     if simplify is not None:
         simplify(model)
     save_model(model, path)
+
+
+@contextmanager
+def _stand_ins(wrapped: nn.Module, wrapper: str) -> Iterator[dict[str, Tensor]]:
+    """Give parameters on the meta device memory that nobody touches, so that the system never finds any for it.
+
+    Yields them by name in the model, for as long as the exporter needs them.
+    """
+    absent = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.is_meta}
+    places = {name: (wrapped.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in absent}
+    for name, (owner, leaf) in places.items():
+        owner.register_parameter(leaf, nn.Parameter(torch.empty(absent[name].shape), requires_grad=False))
+    try:
+        yield {_inside(name, wrapper): owner.get_parameter(leaf).detach() for name, (owner, leaf) in places.items()}
+    finally:
+        for name, (owner, leaf) in places.items():
+            owner.register_parameter(leaf, absent[name])
+
+
+def _attach(model: ir.Model, absent: Mapping[str, Tensor], weight_of: Callable[[str], Tensor]) -> None:
+    """Put weights that are read when they are written in the place of stand-ins, transposed where the exporter did.
+
+    Raises BindingError when a layer's weight is not a stand-in as it was: then it holds nothing.
+    """
+    names = {tensor.data_ptr(): name for name, tensor in absent.items()}
+    found = set()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        name = None if tensor is None or tensor.nbytes < _STAND_IN_BYTES else names.get(_address(tensor))
+        if name is None or tensor is None:
+            continue
+        array, expected = tensor.numpy(), tuple(absent[name].shape)
+        as_is = array.shape == expected and array.flags.c_contiguous
+        transposed = not as_is and array.shape == expected[::-1] and array.T.flags.c_contiguous
+        if not as_is and not transposed:
+            raise BindingError(f"the exporter rearranged the weight {name}: {expected} became {array.shape}")
+
+        def read(name: str = name, transposed: bool = transposed) -> ir.TensorProtocol:
+            weight = weight_of(name).numpy()
+            return ir.tensor(np.ascontiguousarray(weight.T if transposed else weight))
+
+        value.const_value = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=value.name)
+        found.add(name)
+    for node in model.graph:
+        weight = f"{node.metadata_props.get(MODULE_KEY)}.weight"
+        if node.metadata_props.get(ROLE_KEY) == Role.COMPUTE and weight in absent and weight not in found:
+            raise BindingError(f"the exported graph lacks the weight {weight}: the exporter made another of it")
+
+
+def _address(tensor: ir.TensorProtocol) -> int:
+    return int(tensor.numpy().__array_interface__["data"][0])
 
 
 def save_model(model: ir.Model, path: Path) -> None:

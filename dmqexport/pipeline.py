@@ -95,6 +95,7 @@ class Build(SamplerTraining):
                 wrapper="" if wrapped is denoiser else "denoiser",
                 dynamic_axes=family.dynamic_axes,
                 simplify=lambda model: _rewrite(model, float_cleanup()),
+                weight_of=self.model.weight,
             )
             model = ir.load(folder / "float.onnx")
             _rewrite(model, float_ort_cpu())

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 import dmqexport
 from dmqexport.bundle import ENGINE_GRAPH, GRAPH, GRID, OWN_FOLDER, RECIPE, check_replaceable, write_manifest
 from dmqexport.models.quiet import quiet
 from dmqexport.onnx_export import OPSET
 from dmqexport.pipeline import Build, Stage, copy_graph
 from dmqexport.pipeline_report import ReportBuilder, environment
-from dmqexport.pipeline_validate import Validation
+from dmqexport.pipeline_unjudged import validation_of
 from dmqexport.report.html import write_report
 from dmqexport.report.pictures import picture_grid
 from dmqexport.target import Target
 from dmqexport.workspace import replacing, writable_folder
-from engines.ort import OrtRunner
 
 #: Folders of a diffusers pipeline that a deployed denoiser still needs.
 _TEXT = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -43,7 +44,7 @@ def run_build(build: Build) -> BuildResult:
     check_replaceable(build.output)
     writable_folder(build.output.resolve().parent)  # now, not after hours of calibration
     build.run(Stage.COMPILE)
-    validation = Validation(build)
+    validation = validation_of(build)
     report = ReportBuilder(build, validation)
     _ = validation.measured  # a stage of its own, before the report that reads it
     reporter, start = build.workspace.reporter, time.perf_counter()
@@ -58,8 +59,9 @@ def run_build(build: Build) -> BuildResult:
         (folder / RECIPE).write_text(build.recipe.to_yaml(), encoding="utf-8")
         pictures = report.pictures()
         write_report(document, pictures, own)
-        scale = max(1, _PICTURE_PIXELS // 4 // pictures.fp.shape[2])
-        picture_grid(pictures, scale, labels=("FP32", build.plan.bits.upper())).save(folder / GRID)
+        if pictures is not None:
+            scale = max(1, _PICTURE_PIXELS // 4 // pictures.fp.shape[2])
+            picture_grid(pictures, scale, labels=("FP32", build.plan.bits.upper())).save(folder / GRID)
         if build.compiled.missing is not None:
             _write_finish_script(build, folder)
         write_manifest(folder, _manifest(build, report))
@@ -152,11 +154,19 @@ def _kernels(build: Build) -> dict[str, Any]:
     return {**{key: tuned[key] for key in ("mode", "cpu", "runtime") if key in tuned}, "other": chosen}
 
 
+_TYPES = {ir.DataType.FLOAT: "tensor(float)", ir.DataType.INT64: "tensor(int64)"}
+
+
+def _signature(value: ir.Value) -> dict[str, Any]:
+    """Name, type and shape of an input in ONNX Runtime's words; dimensions that vary by name."""
+    assert value.dtype is not None
+    assert value.shape is not None
+    shape = [int(size) if isinstance(size, int) else size.value for size in value.shape]
+    return {"name": value.name, "type": _TYPES[value.dtype], "shape": shape}
+
+
 def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
-    runner = OrtRunner(build.deployed_graph)
-    signature = [
-        {"name": item.name, "type": item.type, "shape": list(item.shape)} for item in runner.session.get_inputs()
-    ]
+    graph = ir.load(build.deployed_graph).graph  # opening it in a runtime would unpack a large model's weights
     component = build.model.family.component
     packages = environment()["packages"]
     return {
@@ -172,14 +182,15 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
             ],
             "weights": build.recipe.weights,
         },
+        "statistics": build.recipe.calibration.statistics,
         "component": component,
         "bits": build.plan.bits,
         "target": build.recipe.target.value,
         "rows": build.plan.rows,
         "num_timesteps": len(build.plan.row_map),
         "plan_fingerprint": build.plan.fingerprint,
-        "inputs": signature,
-        "outputs": list(runner.output_names),
+        "inputs": [_signature(value) for value in graph.inputs],
+        "outputs": [value.name for value in graph.outputs],
         "kernels": _kernels(build),
         "session": {"config": {}, "cpu_features": ["vnni"] if build.vnni else []},
         "sampling": {

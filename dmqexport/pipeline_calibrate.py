@@ -24,7 +24,7 @@ from calib.second_order import refinable, refine_weights
 from calib.step_ranges import step_ranges
 from calib.timestep_table import CLUSTER, PER_STEP, clustered, equal_groups, per_step, used_rows
 from dmqexport.models.sampling import sample_images
-from dmqexport.pipeline_load import Loading
+from dmqexport.pipeline_drawn import Drawing
 from dmqexport.pipeline_parts import Progress, chunks, make_parts
 from dmqexport.quant_plan import WEIGHT_CODES, Allocation, ChannelFold, QuantPlan, QuantWeights
 from dmqexport.quant_types import BitWidths
@@ -63,7 +63,7 @@ _WHOLE_TRAJECTORIES = 64  # kept call by call; of more trajectories, as many cal
 _CALIBRATION_SEED = 1_000_000  # far from the seeds of evaluation pictures
 
 
-class Calibration(Loading):
+class Calibration(Drawing):
     """From a recipe to its QuantPlan. Every stage is a property: asking for one runs what it needs, once."""
 
     # calibrate
@@ -131,6 +131,8 @@ class Calibration(Loading):
     @cached_property
     def row_map(self) -> np.ndarray[Any, Any]:
         """int64 [training timesteps], timestep value → row."""
+        if self.recipe.drawn:
+            return self.drawn_row_map
         calibration, used = self.recipe.calibration, np.unique(self.calibration_set.timesteps.numpy())
         total = self.model.num_timesteps
         if calibration.row_assignment == PER_STEP:
@@ -202,6 +204,8 @@ class Calibration(Loading):
     @cached_property
     def probe_result(self) -> ProbeResult:
         """What can be quantized, found by running the float model twice."""
+        if self.recipe.drawn:
+            return self.drawn_probe if self.recipe.quantization.split_concat else _unsplit(self.drawn_probe)
         entries = self.calibration_set
         first, last = int(torch.argmin(entries.timesteps)), int(torch.argmax(entries.timesteps))
         varying = {self.model.family.input_names[0], TIMESTEP}
@@ -220,6 +224,8 @@ class Calibration(Loading):
     def calibrated(self) -> StageRecord:
         """Activation statistics per tensor and row: `statistics.safetensors`."""
         recipe = self.recipe
+        if recipe.drawn:
+            return self.drawn_statistics(self.probe_result)
         key = {
             "version": STAGE_VERSIONS["statistics"],
             "trajectories": self.trajectories.fingerprint,
@@ -379,6 +385,7 @@ class Calibration(Loading):
             row_bits=row_bits,
             timestep_scale=self.model.family.timestep_scale,
             provisional=provisional,
+            weight_of=self.model.weight,
         )
 
     @property

@@ -24,6 +24,8 @@ _READ = 1.5e9  # bytes a second of files that were just written; hashing is slow
 _PASSES_OBSERVED = 8  # times that an observed tensor goes through memory, beside the layer
 _EXPORT_CALLS, _PASS_CALLS = 2500, 400  # operators' worth of Python for each operator that is exported, rewritten
 _SESSION_CALLS = 400
+_MODULE_CALLS = 100  # likewise, of making a module
+_DRAWN_VALUES = 256  # calib/drawn.py
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class _Estimator:
         whole = 1.0 if self.recipe.target in (Target.TRT, Target.TRT_RTX) else packed
         rest = _FLOAT * (self.cost.parameters - self.cost.weights) + 4000 * len(self.cost.layers)
         canonical, result = (round(share * self.cost.weights + rest) for share in (packed, whole))
+        if self.recipe.drawn:
+            self.drawn(canonical, result)
+            return Estimate(tuple(self.stages), result, canonical)
         self.load()
         self.calibrate()
         self.quantize()
@@ -125,6 +130,25 @@ class _Estimator:
         return sum(work(layer) for layer in self.cost.layers)
 
     # Stages, in order
+
+    def drawn(self, canonical: int, result: int) -> None:
+        """A build that never runs its model: weights pass through memory layer by layer, drawn ones are never in it."""
+        recipe, speed, cost = self.recipe, self.speed, self.cost
+        absent = self.plan.random
+        largest = max(_FLOAT * layer.parameters for layer in cost.layers)
+        drawing = cost.parameters / speed.drawn if absent else 0.0
+        self.resident = _PROCESS + self.plan.companions + (0 if absent else self.weights)
+        self.add(
+            "load", _MODULE_CALLS * cost.calls * speed.call + (0 if absent else self.weights / _READ), 0, self.resident
+        )
+        values = 8 * recipe.calibration.rows * _DRAWN_VALUES * len(cost.layers)
+        self.add("statistics", values / speed.written, 0, self.resident + values, values)
+        seconds = drawing + cost.weights / speed.candidates + 8 * _FLOAT * cost.weights / speed.copied
+        seconds += values / 8 / speed.candidates + cost.weights / speed.written
+        self.add("plan", seconds, 0, self.resident + 8 * largest, cost.weights)
+        self.graphs(canonical, result)
+        copied = (2 if self._engine else 1) * result
+        self.add("bundle", copied / speed.written + 2 * copied / _READ, 0, self.resident, copied)
 
     def load(self) -> None:
         seconds = 2 * self.cost.parameters / self.speed.drawn if self.plan.random else self.weights / _READ * 3
@@ -202,7 +226,11 @@ class _Estimator:
     def graphs(self, canonical: int, result: int) -> None:
         speed, calls = self.speed, self.cost.calls
         export = calls * _EXPORT_CALLS * speed.call + 3 * self.weights / speed.copied + self.weights / speed.written
-        self.add("export", export, 0, self.resident + 0.3 * self.weights + 2 * self.activations, self.weights)
+        if self.recipe.drawn:
+            export += self.cost.parameters / speed.drawn if self.plan.random else 0.0
+            self.add("export", export, 0, self.resident + 600e6, self.weights)
+        else:
+            self.add("export", export, 0, self.resident + 0.3 * self.weights + 2 * self.activations, self.weights)
         written = canonical + result
         seconds = 2 * calls * _PASS_CALLS * speed.call + written / speed.written + 6 * self.cost.weights / speed.copied
         self.add("passes", seconds, 0, self.resident + 0.1 * self.weights, written)

@@ -15,7 +15,7 @@ from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.pipeline_checks import check_recipe
 from dmqexport.pipeline_limits import working_bytes
 from dmqexport.pipeline_size import batch_within
-from dmqexport.recipe import Recipe
+from dmqexport.recipe import Recipe, without_measurements
 from dmqexport.target import PROFILES
 from dmqexport.workspace import Workspace
 
@@ -26,13 +26,13 @@ class Loading:
     """From a recipe to its float model."""
 
     def __init__(self, recipe: Recipe, output: Path, workspace: Workspace) -> None:
-        """Raises RecipeError when `output` holds something that is not a bundle."""
+        """Raises RecipeError when `output` holds something that is not a bundle, and for choices that contradict."""
         if not is_replaceable(output):
             raise RecipeError(
                 f"{output} exists and is not a dmqexport bundle; nothing was touched",
                 hint="choose another -o/--output, or remove the folder yourself",
             )
-        self.recipe = recipe
+        self.recipe = without_measurements(recipe)
         self.output = output
         self.workspace = workspace
 
@@ -59,6 +59,7 @@ class Loading:
             weights=self.recipe.weights,
             size=sampling.latent_size,
             loras=self.recipe.lora,
+            absent=self.recipe.drawn and self.recipe.weights == "random",
         )
         check_recipe(self.recipe, loaded)
         loaded.denoiser.register_forward_hook(self._count)

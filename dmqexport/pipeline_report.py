@@ -16,6 +16,7 @@ import dmqexport
 from dmqexport.models.picture_features import DIMENSION
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_allocate import PARETO_JSON
+from dmqexport.pipeline_drawn import DRAWN_WARNING
 from dmqexport.pipeline_tune import why
 from dmqexport.pipeline_validate import Validation
 from dmqexport.quant_plan import LayerQuant
@@ -77,9 +78,9 @@ class ReportBuilder:
                     "frechet_count",
                     "canonical_max_rel_error",
                     "canonical_sqnr_db",
-                    "by_timestep",
                 )
-            },
+            }
+            | {"by_timestep": metrics.get("by_timestep", [])},
             "layers": layers,
             "rows": [{"row": row, "timestep_min": low, "timestep_max": high} for row, low, high in plan.row_ranges()],
             "size_bytes": self._sizes(),
@@ -91,11 +92,8 @@ class ReportBuilder:
             "polygraphy": self._polygraphy(),
             "stages": self._stages(),
             "environment": environment(),
-            "images": {
-                "prompts": self.validation.reference.prompts[:_GRID_PICTURES],
-                "seeds": self.validation.reference.seeds[:_GRID_PICTURES],
-                "note": f"{build.steps} steps, guidance {build.guidance:g}, same seeds on both sides",
-            },
+            "statistics": build.recipe.calibration.statistics,
+            "images": self._images(),
             "warnings": self._warnings(),
             "suggestions": self._suggestions(layers),
             "notes": notes,
@@ -136,8 +134,22 @@ class ReportBuilder:
             "pareto": points,
         }
 
-    def pictures(self) -> ReportImages:
-        """The first pictures of both sides."""
+    def _images(self) -> dict[str, Any]:
+        """What the pictures are of."""
+        build = self.build
+        if build.recipe.drawn:
+            return {"prompts": [], "seeds": [], "note": "none: statistics were drawn, and pictures would be noise"}
+        reference = self.validation.reference
+        return {
+            "prompts": reference.prompts[:_GRID_PICTURES],
+            "seeds": reference.seeds[:_GRID_PICTURES],
+            "note": f"{build.steps} steps, guidance {build.guidance:g}, same seeds on both sides",
+        }
+
+    def pictures(self) -> ReportImages | None:
+        """The first pictures of both sides; None where nothing was judged."""
+        if self.build.recipe.drawn:
+            return None
         reference = self.validation.reference
         count = min(_GRID_PICTURES, len(reference.images))
         captions = reference.prompts[:count] or [f"seed {seed}" for seed in reference.seeds[:count]]
@@ -311,6 +323,13 @@ class ReportBuilder:
         return lint_graph(self.build.deployed_graph)
 
     def _polygraphy(self) -> dict[str, Any]:
+        if self.build.recipe.drawn:
+            return {
+                "lint": [],
+                "compared_outputs": None,
+                "passed": None,
+                "note": "statistics were drawn: the ONNX checker read the graph, nothing was run",
+            }
         comparison = self.comparison
         return {
             "lint": [{"level": f.level, "node": f.node, "message": f.message} for f in self.lint],
@@ -322,6 +341,8 @@ class ReportBuilder:
     def _notes(self) -> dict[str, str]:
         notes: dict[str, str] = {}
         target = self.build.recipe.target
+        if self.build.recipe.drawn:
+            return dict.fromkeys(("metrics.eps_sqnr_db", "metrics.image_psnr_db", "latency"), DRAWN_WARNING)
         if not self.validation.judges_retrieval:
             notes["metrics.retrieval_accuracy"] = "only the bundled model has a gallery to search"
             notes["metrics.frechet_train"] = "only the bundled model has its training set at hand"
@@ -339,7 +360,7 @@ class ReportBuilder:
         return notes
 
     def _warnings(self) -> list[str]:
-        warnings = []
+        warnings = [DRAWN_WARNING] if self.build.recipe.drawn else []
         if self.build.model.random_weights:
             warnings.append("weights are random: sizes, times and exactness hold, accuracy and pictures mean nothing")
         if self.build.compiled.missing is not None:
@@ -352,6 +373,8 @@ class ReportBuilder:
 
     def _suggestions(self, layers: list[dict[str, Any]]) -> list[str]:
         """What to try first, from the layers that hurt most."""
+        if self.build.recipe.drawn:
+            return ["leave --random-statistics out for a model that can be used"]
         planned = [layer for layer in layers if layer["sqnr_db"] is not None]
         worst = sorted(planned, key=lambda layer: float(layer["sqnr_db"]))[:3]
         found = []

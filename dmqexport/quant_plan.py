@@ -6,7 +6,9 @@ codes are a separate artifact (`quant_weights.safetensors`): a plan stays small 
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -282,6 +284,33 @@ class QuantWeights:
     def save(path: Path, codes: Mapping[str, CodeArray]) -> None:
         """Write `codes` keyed by `layer#segment`."""
         save_file({name: np.ascontiguousarray(array) for name, array in codes.items()}, str(path))
+
+    @staticmethod
+    @contextmanager
+    def writing(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Callable[[str, CodeArray], None]]:
+        """Yield a function that takes (`layer#segment`, its codes), in any order, and writes them at once: the file
+        that `save` makes of all of them, without their being in memory together. shapes: of every one.
+        """
+        start, places, header = 0, {}, {}
+        for key in sorted(shapes):
+            places[key] = start
+            stop = start + math.prod(shapes[key])
+            header[key] = {"dtype": "I8", "shape": list(shapes[key]), "data_offsets": [start, stop]}
+            start = stop
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # the layout of safetensors: length of the header, header, data
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+
+            def write(key: str, codes: CodeArray) -> None:
+                assert codes.shape == shapes[key], f"{key}: codes {codes.shape}, announced {shapes[key]}"
+                assert codes.dtype == np.int8
+                file.seek(8 + len(text) + places[key])
+                file.write(np.ascontiguousarray(codes).data)
+                del places[key]
+
+            yield write
+        assert not places, f"never written: {sorted(places)[:3]}"
 
     def codes(self, layer: str, segment: int) -> CodeArray:
         """Return the codes of one segment, int8 [out_channels, segment channels, ...]."""

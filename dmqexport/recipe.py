@@ -18,6 +18,7 @@ from dmqexport.recipe_sections import (
     BITS_HINT,
     BooleanError,
     CalibrationRecipe,
+    GatesRecipe,
     LoweringRecipe,
     QuantizationRecipe,
     SamplingRecipe,
@@ -61,6 +62,7 @@ OPTIONS = {
     "sampling.scheduler": "--scheduler",
     "calibration.prompts": "--calib-prompts",
     "calibration.size": "--calib-size",
+    "calibration.statistics": "--random-statistics",
     "max_ram": "--max-ram",
     "max_disk": "--max-disk",
     "calibration.rows": "--rows",
@@ -125,6 +127,11 @@ class Recipe(Section):
         """The parsed `bits`."""
         return BitWidths.parse(self.bits)
 
+    @property
+    def drawn(self) -> bool:
+        """Whether statistics are drawn instead of measured."""
+        return self.calibration.statistics == "drawn"
+
     def to_yaml(self) -> str:
         """The recipe as YAML, every key present."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -157,7 +164,7 @@ def load_recipe(source: str | Path | None, options: Mapping[str, Any], assignmen
     if document.get("model") is None:
         raise RecipeError("no model given", hint="use -m/--model, for example -m emoji; `dmqexport models` lists more")
     try:
-        recipe = Recipe.model_validate(document)
+        recipe = without_measurements(Recipe.model_validate(document))
         check_precision(recipe.lowering, recipe.widths, recipe.target, recipe.allocation.mixed)
         return recipe
     except ValidationError as error:
@@ -166,6 +173,36 @@ def load_recipe(source: str | Path | None, options: Mapping[str, Any], assignmen
         raise RecipeError(
             where + "\n".join(problems), hint="--dry-run prints every key of a recipe that can be read"
         ) from error
+
+
+def without_measurements(recipe: Recipe) -> Recipe:
+    """The recipe itself, or where statistics are drawn, without what would have to be measured.
+
+    Raises RecipeError for choices that mean nothing then, such as training or an allocation of bits.
+    """
+    if not recipe.drawn:
+        return recipe
+    gates = recipe.validation.gates
+    for key, asked in (
+        ("training", recipe.training.trains),
+        ("allocation", recipe.allocation.allocates or recipe.allocation.pareto),
+        ("calibration.row_assignment: cluster", recipe.calibration.row_assignment == "cluster"),
+        ("validation.gates", gates not in (GatesRecipe(), GatesRecipe(eps_sqnr_db=None))),
+    ):
+        if asked:
+            raise RecipeError(
+                f"{key} needs the float model's own activations, and --random-statistics never runs it",
+                hint="leave one of the two out; --recipe fast trains and allocates nothing",
+            )
+    return recipe.model_copy(
+        update={
+            "scaling": recipe.scaling.model_copy(update={"method": "none"}),
+            "quantization": recipe.quantization.model_copy(
+                update={"range": "minmax", "rounding": "nearest", "row_bits": "even", "refine_on": "calibration"}
+            ),
+            "validation": recipe.validation.model_copy(update={"gates": GatesRecipe(eps_sqnr_db=None)}),
+        }
+    )
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

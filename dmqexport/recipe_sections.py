@@ -65,6 +65,10 @@ class SamplingRecipe(Section):
 class CalibrationRecipe(Section):
     """What the activation ranges are measured on."""
 
+    statistics: Literal["measured", "drawn"] = Field(
+        default="measured",
+        description="drawn: from the seed, without running the model; proves size and structure, never accuracy",
+    )
     prompts: str | None = Field(default=None, description="text file, one prompt a line; null: the model's own")
     size: int = Field(default=256, ge=1, description="float trajectories; of more than 64, only some calls are kept")
     rows: int = Field(default=10, ge=1, description="rows of the timestep table")

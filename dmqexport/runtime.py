@@ -6,6 +6,7 @@
 Works with every scheduler (the timestep table is keyed on the timestep's value) and with batches that mix timesteps.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from engines import openvino_ir
 from engines.openvino_ir import open_ir
 from engines.ort import OrtRunner
 from engines.runner import Runner
+
+logger = logging.getLogger(__name__)
 
 
 class QuantizedDenoiser(nn.Module):
@@ -119,6 +122,10 @@ def load_denoiser(
         pipeline_rebuild.rebuild(Path(bundle))
     opened = open_bundle(Path(bundle), verify=verify)
     check_machine(opened)
+    if opened.manifest.get("statistics") == "drawn":
+        logger.warning(
+            "%s was built with --random-statistics: it proves size and structure only, what it draws is noise", bundle
+        )
     config = read_json(opened.path / opened.component / "config.json")
     size = opened.manifest["sampling"].get("latent_size")
     family = family_of(str(opened.manifest["model"]["family"]), config, tuple(size) if size else None)

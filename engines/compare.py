@@ -190,6 +190,16 @@ def lint_graph(path: Path, inputs: Arrays | None = None) -> list[LintFinding]:
     ]
 
 
+def check_graph(path: Path) -> None:
+    """Have the ONNX checker read the graph, its weights left in their file. Raises EngineError for what it refuses."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=False)
+    except Exception as error:  # its own errors, and protobuf's of a file that is no graph
+        raise EngineError(f"{path}: the ONNX checker refuses this graph: {error}") from error
+
+
 def require_polygraphy() -> None:
     """Raise BackendMissingError, with the way out, unless Polygraphy is installed."""
     if importlib.util.find_spec("polygraphy") is None:

@@ -277,3 +277,16 @@ def test_codes_of_a_layer_that_is_not_there_are_refused(tmp_path: Path) -> None:
     QuantWeights.save(path, {"a#0": np.zeros((2, 2), dtype=np.int8)})
     with pytest.raises(BundleError, match="b#0"):
         QuantWeights(path).codes("b", 0)
+
+
+def test_codes_written_one_by_one_make_the_file_that_is_saved_at_once(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    codes = {
+        f"{name}#{index}": random.integers(-8, 8, shape).astype(np.int8)
+        for name, index, shape in (("b", 0, (3, 5)), ("a.weight", 0, (2, 3, 3, 3)), ("b", 1, (7, 1)))
+    }
+    QuantWeights.save(tmp_path / "whole", codes)
+    with QuantWeights.writing(tmp_path / "parts", {name: array.shape for name, array in codes.items()}) as write:
+        for name, array in codes.items():
+            write(name, array)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()

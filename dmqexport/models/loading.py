@@ -24,7 +24,13 @@ from dmqexport.models.lora import Lora, fuse_loras
 from dmqexport.models.pipeline_kinds import PipelineKind, class_count, kind_of
 from dmqexport.models.presets import Preset, emoji_prompts, text_prompts
 from dmqexport.models.quiet import quiet
-from dmqexport.models.random_weights import VERSION, locate_architecture, random_denoiser
+from dmqexport.models.random_weights import (
+    VERSION,
+    absent_denoiser,
+    drawn_weight,
+    locate_architecture,
+    random_denoiser,
+)
 from dmqexport.models.weight_files import digest, read_json
 
 _TEXT_STEPS: Final = 50
@@ -42,7 +48,8 @@ class LoadedModel:
     None without text. fingerprint: sha256 of the configurations and weights, wherever they lie, and of the scheduler's
     class, which may be swapped. random_embeddings: there is no text encoder and seeded noise stands in for prompts.
     size: (height, width) of the latents where it was chosen. loras: what was fused into the weights; part of the
-    fingerprint. random_weights: the architecture is the model's, its weights are drawn.
+    fingerprint. random_weights: the architecture is the model's, its weights are drawn; large ones may then be absent
+    (on the meta device), and `weight` makes them.
     """
 
     name: str
@@ -82,6 +89,11 @@ class LoadedModel:
             return self.num_train_timesteps  # an adapter counts its keys itself
         return self.num_train_timesteps + int(self.family.float_timestep)
 
+    def weight(self, name: str) -> Tensor:
+        """Parameter `name` of the denoiser, float32; drawn anew where it is absent."""
+        parameter = self.denoiser.get_parameter(name).detach()
+        return drawn_weight(self.denoiser, name) if parameter.is_meta else parameter
+
     def example_inputs(self, batch: int = 2) -> dict[str, Tensor]:
         """Seeded random inputs of the denoiser, the first dimension `batch`."""
         return self.family.example_inputs(batch, self.tokens)
@@ -97,6 +109,7 @@ def load_model(
     size: tuple[int, int] | None = None,
     loras: Sequence[str] = (),
     weights: Literal["stored", "random"] = "stored",
+    absent: bool = False,
 ) -> LoadedModel:
     """Load `model`: a preset, a hub id `org/name`, a diffusers folder, the folder of a bare denoiser, or an adapter's
     factory `package.module:factory`, whose code is run.
@@ -106,7 +119,8 @@ def load_model(
     conditional denoiser without text encoder be driven by seeded unit-normal vectors. size: (height, width) of the
     latents, None for the model's own. loras: "FILE[:scale]" each, fused in order. weights="random": draw the denoiser's
     weights instead of reading them; `model` is then a preset or the folder of a denoiser's config, conditions are
-    seeded vectors, and nothing else is needed. Only hub models use the network.
+    seeded vectors, and nothing else is needed. absent: leave large ones of those out of memory; such a model is
+    exported and quantized, not run. Only hub models use the network.
 
     Raises RecipeError for the scale of an adapter, ModelError for a model or adapter that cannot be found, read or
     handled, ResourceError for disk, memory and permissions, BackendMissingError for a missing library. Writes nothing
@@ -127,7 +141,7 @@ def load_model(
         raise _no_text_encoder(layout)
     swap = scheduler or (located.preset.scheduler if located.preset is not None else None)
     with quiet():
-        drawn = {layout.denoiser: random_denoiser(config)} if random else None
+        drawn = {layout.denoiser: (absent_denoiser if absent else random_denoiser)(config)} if random else None
         pipeline = assemble(layout, swap, drawn, size=size)
         fused = fuse_loras(pipeline, loras)
     words = [VERSION] if random else []

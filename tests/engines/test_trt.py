@@ -4,13 +4,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dmqexport.errors import BackendMissingError, EngineError, ResourceError
 from engines import trt, trt_standalone
 from engines.precision import prove_int8, read_build_log
-from engines.trt import EngineBuild, ShapeRange, TrtFlavor, build_engine, flavor_version, write_finish_script
+from engines.trt import (
+    BuildOptions,
+    EngineBuild,
+    Hardware,
+    ShapeRange,
+    TrtFlavor,
+    build_engine,
+    flavor_version,
+    write_finish_script,
+)
 from tests.engines.trt_graphs import EXPECTED, SIDE, crashing_graph, tiny_denoiser
 
 PROFILES = {
@@ -112,6 +122,22 @@ def test_time_and_memory_limits_end_the_child(tmp_path: Path) -> None:
         with pytest.raises(ResourceError, match="more than the 1 MiB allowed"):
             _build(graph, tmp_path, max_ram_bytes=1 << 20)
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_timing_cache_is_written_and_read(tmp_path: Path) -> None:
+    graph, cache = tiny_denoiser(tmp_path / "unet.onnx"), tmp_path / "kernels.cache"
+    options = BuildOptions(timing_cache=cache, hardware=Hardware.AMPERE_PLUS)
+    _build(graph, tmp_path, options=options)
+    assert cache.read_bytes()
+    _build(graph, tmp_path, options=options)
+    assert cache.read_bytes()
+
+
+def test_an_option_that_a_version_lacks_is_refused() -> None:
+    with pytest.raises(trt_standalone.BuildError, match=r"old_trt 1\.0 has no BuilderFlag\.REFIT"):
+        trt_standalone._apply_options(
+            SimpleNamespace(__version__="1.0"), SimpleNamespace(set_flag=int), {"module": "old_trt", "refit": True}
+        )
 
 
 def test_an_engine_that_cannot_be_written_is_a_resource_error(tmp_path: Path) -> None:

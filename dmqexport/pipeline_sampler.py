@@ -17,7 +17,6 @@ from calib.network_distill import guidance_pairs
 from calib.sampling import CalibrationSet
 from calib.trajectory_distill import distill_trajectories, first_calls
 from dmqexport.errors import RecipeError
-from dmqexport.models.denoising_loop import DenoisingLoop
 from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_parts import make_parts
@@ -137,6 +136,9 @@ class SamplerTraining(Training):
         sample = family.input_names[0]
         guided = self._guided(inputs)
         count = len(inputs[sample]) // (2 if guided else 1)
+        # Late: it loads a whole pipeline of diffusers, whose notices the loading of a model keeps quiet.
+        from dmqexport.models.denoising_loop import DenoisingLoop
+
         loop = DenoisingLoop(family, self.model.denoiser, copy.deepcopy(self.model.pipeline.scheduler))
         loop.set_progress_bar_config(disable=True)
         answer = partial(family.call, self.model.denoiser)

@@ -167,7 +167,7 @@ class _Judge:
         self._tensor, self._samples, self._widths, self._weight_error = tensor, samples, widths, weight_error
         #: whole weights, which factors are proposed from, and the output channels that they are judged by
         self._whole = {
-            name: denoiser.get_submodule(name).get_parameter("weight").detach()[:, tensor.start : tensor.stop].float()
+            name: denoiser.get_parameter(f"{name}.weight").detach()[:, tensor.start : tensor.stop].float().cpu()
             for name in tensor.readers
         }
         self._weights = {name: _judged_channels(weight) for name, weight in self._whole.items()}

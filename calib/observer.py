@@ -59,12 +59,13 @@ class _Accumulator:
         """Add `tensor` [entries, ...]; `rows` names the table row of each entry."""
         flat = tensor.reshape(len(entries), -1)
         tail = min(_TAIL, flat.shape[1] // 4)
-        top, bottom = largest_values(flat, tail).float(), -largest_values(-flat, tail).float()
+        # Sums and extremes where the tensor lies; what is kept, which is little, on the CPU.
+        top, bottom = largest_values(flat, tail).float().cpu(), -largest_values(-flat, tail).float().cpu()
         if not bool(torch.isfinite(top).all() and torch.isfinite(bottom).all()):  # NaN counts as the largest
             raise CalibrationError(f"{self._key}: NaN or infinity in a float activation")
         where = torch.tensor(rows)
-        self._high.scatter_reduce_(0, where, top.amax(dim=1) if tail else flat.amax(dim=1).float(), "amax")
-        self._low.scatter_reduce_(0, where, bottom.amin(dim=1) if tail else flat.amin(dim=1).float(), "amin")
+        self._high.scatter_reduce_(0, where, top.amax(dim=1) if tail else flat.amax(dim=1).float().cpu(), "amax")
+        self._low.scatter_reduce_(0, where, bottom.amin(dim=1) if tail else flat.amin(dim=1).float().cpu(), "amin")
         kept = [index for index, entry in enumerate(entries) if entry in self._sampled]
         if kept:
             self._values.append(torch.cat([bottom[kept], self._picked(flat, entries, kept), top[kept]], dim=1))
@@ -85,15 +86,15 @@ class _Accumulator:
             self._weights = torch.cat([outer, torch.full((body,), (size - 2 * tail) / body), outer])
         # Rotating one random choice by the entry's number covers every position and depends on no batch order.
         offsets = torch.tensor([entries[index] for index in kept]).unsqueeze(1) * max(1, size // 7 | 1)
-        positions = (self._positions.unsqueeze(0) + offsets) % size
-        return torch.stack([flat[index, chosen] for index, chosen in zip(kept, positions, strict=True)]).float()
+        positions = ((self._positions.unsqueeze(0) + offsets) % size).to(flat.device)
+        return torch.stack([flat[index, chosen] for index, chosen in zip(kept, positions, strict=True)]).float().cpu()
 
     def _add_moments(self, tensor: Tensor, channel_axis: int) -> None:
         axes = [axis for axis in range(1, tensor.ndim) if axis != channel_axis]
         norms = torch.linalg.vector_norm(tensor, dim=axes, dtype=torch.float32) if axes else tensor.float()
         positions = tensor[0].numel() // tensor.shape[channel_axis]
         # Sums of float32 in float64 are exact unless entries differ by a factor of a million: any order gives the same.
-        total = norms.square().div_(positions).sum(dim=0, dtype=torch.float64)
+        total = norms.square().div_(positions).sum(dim=0, dtype=torch.float64).cpu()
         self._moment = total if self._moment is None else self._moment + total
         self._count += len(tensor)
 
@@ -252,7 +253,8 @@ class Observer:
                 for index, (start, stop) in enumerate(layer.segments):
                     part, key = tensor.narrow(axis, start, stop - start), f"{layer.name}#{index}"
                     if key in self._factors:
-                        part = part / self._factors[key].reshape(-1, *([1] * (tensor.ndim - 1 - axis)))
+                        factor = self._factors[key].to(part.device)
+                        part = part / factor.reshape(-1, *([1] * (tensor.ndim - 1 - axis)))
                     accumulator(key, layer.timestep_dependent).observe(part, entries, used, axis)
 
             return hook

@@ -30,7 +30,7 @@ class RowContext:
 
     def set_timestep(self, timestep: object, batch: int) -> None:
         """Look the rows of `timestep` up; one a sample."""
-        values = broadcast_timestep(timestep, batch, self.timestep_scale)
+        values = broadcast_timestep(timestep, batch, self.timestep_scale).cpu()
         outside = values[(values < 0) | (values >= self.row_map.numel())]
         if outside.numel():
             raise CalibrationError(f"timestep {int(outside[0])} outside the table's 0 to {self.row_map.numel() - 1}")
@@ -75,7 +75,7 @@ class ActivationQuantizer(nn.Module):
         rows = self.context.rows
         if like.shape[0] != rows.shape[0]:
             raise CalibrationError(f"{self.name}: batch {like.shape[0]} but {rows.shape[0]} timesteps")
-        return table[rows].reshape(-1, *shape)
+        return table[rows.to(table.device)].reshape(-1, *shape)
 
     def forward(self, tensor: Tensor) -> Tensor:
         """Return codes * scale_ref, float32, same shape."""
@@ -103,7 +103,8 @@ class QuantizedLayer(nn.Module):
         self, base: nn.Conv2d | nn.Linear, plan: LayerQuant, weights: QuantWeights, context: RowContext
     ) -> None:
         super().__init__()
-        self.base_bias = base.bias if plan.bias is None else torch.from_numpy(plan.bias.copy())
+        bias = base.bias if plan.bias is None else torch.from_numpy(plan.bias.copy())
+        self.base_bias = None if bias is None else bias.to(base.weight.device)
         self.conv = base if isinstance(base, nn.Conv2d) else None
         self.spans = [(segment.start, segment.stop) for segment in plan.segments]
         self.quantizers = nn.ModuleList()
@@ -117,6 +118,7 @@ class QuantizedLayer(nn.Module):
                 if segment.activation is None
                 else ActivationQuantizer(f"{plan.name}#{index}", segment.activation, context, axis)
             )
+        self.to(base.weight.device)
 
     def forward(self, tensor: Tensor) -> Tensor:
         """Same shapes as the float layer."""
@@ -172,6 +174,8 @@ class QuantizedAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
         """query, key, value [batch, heads, tokens, channels]; returns the attention output."""
+        for quantizer in self.quantizers.values():
+            quantizer.to(query.device)
         scaled_query, scaled_key = scaled_operands(query, key, extra)
         scores = self._matmul("query", scaled_query, "key", scaled_key)
         return self._matmul("probability", torch.softmax(scores, dim=-1), "value", value)

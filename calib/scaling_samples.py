@@ -169,16 +169,16 @@ class _Collector:
         part = tensor.narrow(1 if conv else tensor.ndim - 1, self.tensor.start, self.tensor.channels)
         # [batch, ...] without moving channels about: a strided copy of a large activation takes as long as its layer.
         axes = [axis for axis in range(1, part.ndim) if axis != (1 if conv else part.ndim - 1)]
-        low, high = part.amin(dim=(0, *axes)), part.amax(dim=(0, *axes))
+        low, high = part.amin(dim=(0, *axes)).cpu(), part.amax(dim=(0, *axes)).cpu()
         if self.extremes is not None:
             low, high = torch.minimum(low, self.extremes[0]), torch.maximum(high, self.extremes[1])
         self.extremes = (low, high)
         norms = torch.linalg.vector_norm(part, 1, dim=axes) if axes else part.abs()
-        total = norms.sum(dim=0, dtype=torch.float64)
+        total = norms.sum(dim=0, dtype=torch.float64).cpu()
         self.total = total if self.total is None else self.total + total
         self.count += part.numel() // self.tensor.channels
         for geometry in dict.fromkeys(self.tensor.geometries):
-            self.columns.setdefault(geometry, []).append(self._columns(part, geometry))
+            self.columns.setdefault(geometry, []).append(self._columns(part, geometry).cpu())
         used = rows if self.tensor.timestep_dependent else [0] * len(rows)
         self.rows += [row for row in used for _ in range(self.each)]
 
@@ -187,14 +187,14 @@ class _Collector:
         if geometry is None:
             tokens = part.reshape(batch, -1, channels)
             picked = torch.randint(tokens.shape[1], (self.each,), generator=self._generator)
-            return tokens[:, picked].reshape(-1, channels, 1)
+            return tokens[:, picked.to(part.device)].reshape(-1, channels, 1)
         kernel, stride, padding, dilation = geometry
         padded = F.pad(part, [padding[1], padding[1], padding[0], padding[0]])
         starts = []
         for axis in (0, 1):
             size = (padded.shape[2 + axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
             chosen = torch.randint(size, (self.each, 1), generator=self._generator) * stride[axis]
-            starts.append(chosen + torch.arange(kernel[axis]) * dilation[axis])
+            starts.append((chosen + torch.arange(kernel[axis]) * dilation[axis]).to(part.device))
         patches = padded[:, :, starts[0][:, :, None], starts[1][:, None, :]]  # [batch, channels, each, kh, kw]
         return patches.transpose(1, 2).reshape(batch * self.each, channels, -1)
 

@@ -44,10 +44,14 @@ class _Moments:
     mixed: list[Tensor]
 
     @classmethod
-    def zeros(cls, spans: list[tuple[int, int]]) -> "_Moments":
+    def zeros(cls, spans: list[tuple[int, int]], device: torch.device) -> "_Moments":
         """Nothing seen yet."""
-        squares = [torch.zeros(stop - start, stop - start) for start, stop in spans]
+        squares = [torch.zeros(stop - start, stop - start, device=device) for start, stop in spans]
         return cls(spans, squares, [square.clone() for square in squares])
+
+    def cpu(self) -> "_Moments":
+        """The same in the memory of the CPU, where weights are fitted."""
+        return _Moments(self.spans, *([square.cpu() for square in part] for part in (self.quantized, self.mixed)))
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add the float and the quantized inputs of some positions, both [positions, k]."""
@@ -158,10 +162,13 @@ def _observe(
             for index, segment in enumerate(layer.segments):
                 part = tensor.narrow(axis, segment.start, segment.stop - segment.start)
                 quantizer = quantizers[index]
+                if quantizer is not None:
+                    quantizer.to(tensor.device)
                 if segment.activation is not None and segment.activation.channel_factor is not None:
                     # Both moments are of the divided tensor: that is what the weight with its scaled columns reads.
                     spread = (-1,) + (1,) * (tensor.ndim - 2) if axis == 1 else (-1,)
-                    divided = part / torch.from_numpy(segment.activation.channel_factor.copy()).reshape(spread)
+                    factor = torch.from_numpy(segment.activation.channel_factor.copy()).to(tensor.device)
+                    divided = part / factor.reshape(spread)
                 else:
                     divided = part
                 seen = divided
@@ -171,11 +178,11 @@ def _observe(
                         seen = seen - quantizer.per_sample(quantizer.correction, seen)
                 left, right = _columns(module, divided), _columns(module, seen)
                 if len(left) > positions:
-                    kept = torch.randperm(len(left), generator=generator)[:positions]
+                    kept = torch.randperm(len(left), generator=generator)[:positions].to(left.device)
                     left, right = left[kept], right[kept]
                 key = f"{layer.name}#{index}"
                 if key not in moments:
-                    moments[key] = _Moments.zeros(_spans(denoiser, layer, segment))
+                    moments[key] = _Moments.zeros(_spans(denoiser, layer, segment), tensor.device)
                 moments[key].add(left, right)
 
         return observe
@@ -186,7 +193,7 @@ def _observe(
             context.set_timestep(batch[TIMESTEP], len(entries))
             run(batch)
             progress(int(entries[-1]) + 1)
-    return moments
+    return {key: found.cpu() for key, found in moments.items()}
 
 
 def _columns(module: nn.Module, tensor: Tensor) -> Tensor:
@@ -201,7 +208,7 @@ def _columns(module: nn.Module, tensor: Tensor) -> Tensor:
 def _refine(
     denoiser: nn.Module, layer: LayerQuant, moments: Mapping[str, _Moments], codes: dict[str, CodeArray]
 ) -> LayerQuant:
-    weight = denoiser.get_submodule(layer.name).get_parameter("weight").detach()
+    weight = denoiser.get_submodule(layer.name).get_parameter("weight").detach().cpu()
     segments = []
     for index, segment in enumerate(layer.segments):
         key = f"{layer.name}#{index}"

@@ -41,7 +41,7 @@ def step_ranges(
             for index, (start, stop) in enumerate(segments):
                 flat = args[0].narrow(axis, start, stop - start).flatten(1)
                 pair = torch.stack([(-flat.amin(dim=1)).clamp_min(0), flat.amax(dim=1).clamp_min(0)], dim=1)
-                ends.setdefault(f"{name}#{index}", []).append(pair)
+                ends.setdefault(f"{name}#{index}", []).append(pair.cpu())
 
         return observe
 

@@ -51,6 +51,14 @@ PromptsOption = Annotated[
 SizeOption = Annotated[
     int | None, typer.Option("--calib-size", metavar="N", help="Float trajectories to calibrate on. Default 64.")
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="Where the float model runs: auto (default), cpu, cuda, cuda:N."),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help="Of trajectories: float32 (default), bfloat16 or float16."),
+]
 RandomStatisticsOption = Annotated[
     bool,
     typer.Option(

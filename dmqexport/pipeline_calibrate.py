@@ -109,15 +109,16 @@ class Calibration(Drawing):
 
         def make(number: int, path: Path) -> None:
             start, stop = number * batch, min((number + 1) * batch, count)
-            result = sample_images(
-                self.model,
-                list(prompts[start:stop]) or None,
-                [seed + index for index in range(start, stop)],
-                steps=self.steps,
-                guidance=self.guidance,
-                batch_size=batch,
-                record=True,
-            )
+            with self.computing(reduced=True):
+                result = sample_images(
+                    self.model,
+                    list(prompts[start:stop]) or None,
+                    [seed + index for index in range(start, stop)],
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    batch_size=batch,
+                    record=True,
+                )
             assert result.calibration is not None
             result.calibration.renumbered(start).thinned(stride).save(path)
 
@@ -138,13 +139,9 @@ class Calibration(Drawing):
         if calibration.row_assignment == PER_STEP:
             return per_step(total, used)
         if calibration.row_assignment == CLUSTER:
-            steps, features = step_ranges(
-                self.model.denoiser,
-                self.probe_result,
-                self.calibration_set.subset(_RANGE_ENTRIES, self.recipe.seed),
-                self._denoise,
-                self.batch_size,
-            )
+            found, entries = self.probe_result, self.calibration_set.subset(_RANGE_ENTRIES, self.recipe.seed)
+            with self.computing():
+                steps, features = step_ranges(self.model.denoiser, found, entries, self._denoise, self.batch_size)
             return clustered(total, steps, features, calibration.rows)
         return used_rows(equal_groups(total, calibration.rows), used)
 
@@ -168,18 +165,20 @@ class Calibration(Drawing):
         }
 
         def build(folder: Path) -> None:
-            choose_scaling(
-                denoiser,
-                found,
-                self.nominal_bits,
-                row_map,
-                self.calibration_set.subset(_SCALING_ENTRIES, recipe.seed),
-                self._denoise,
-                self.batch_size,
-                settings,
-                recipe.seed,
-                self.workspace.reporter.progress,
-            ).save(folder)
+            with self.computing():
+                chosen = choose_scaling(
+                    denoiser,
+                    found,
+                    self.nominal_bits,
+                    row_map,
+                    self.calibration_set.subset(_SCALING_ENTRIES, recipe.seed),
+                    self._denoise,
+                    self.batch_size,
+                    settings,
+                    recipe.seed,
+                    self.workspace.reporter.progress,
+                )
+            chosen.save(folder)
 
         scaling = ChannelScaling.load(self.workspace.stage("scaling", key, build).path)
         first = self.calibration_set.select(torch.tensor([0]))
@@ -217,7 +216,8 @@ class Calibration(Drawing):
                 inputs = {name: other[name] if name in varying else value for name, value in inputs.items()}
             return self._denoise(inputs)
 
-        found = probe(self.model.denoiser, run)
+        with self.computing():
+            found = probe(self.model.denoiser, run)
         return found if self.recipe.quantization.split_concat else _unsplit(found)
 
     @cached_property
@@ -255,7 +255,7 @@ class Calibration(Drawing):
                 found = observer.observe_part(self.model.denoiser, data, self._denoise, batch, pieces[number])
                 save_file(found, str(path))
 
-            with self.workspace.partial("statistics", key) as scratch:
+            with self.workspace.partial("statistics", key) as scratch, self.computing():
                 progress, ranks = self.workspace.reporter.progress, self.workspace.ranks
                 parts = make_parts(ranks, scratch, f"by-{batch}", len(pieces), make, progress)
                 if ranks.rank == 0:
@@ -318,17 +318,18 @@ class Calibration(Drawing):
             refined = quantization.rounding == "second-order"
             plan = self.frozen(folder, self.row_bits, self._refinable if refined else ())
             if refined:
-                plan, codes = refine_weights(
-                    self.model.denoiser,
-                    plan,
-                    QuantWeights(folder / WEIGHT_CODES),
-                    self.refining_set,
-                    self._denoise,
-                    self.batch_size,
-                    recipe.seed,
-                    reporter.progress,
-                    3 * self.working_bytes // 2,
-                )
+                with self.computing():
+                    plan, codes = refine_weights(
+                        self.model.denoiser,
+                        plan,
+                        QuantWeights(folder / WEIGHT_CODES),
+                        self.refining_set,
+                        self._denoise,
+                        self.batch_size,
+                        recipe.seed,
+                        reporter.progress,
+                        3 * self.working_bytes // 2,
+                    )
                 QuantWeights.save(folder / WEIGHT_CODES, codes)
             replace(plan, scaling=self.scaling.record, allocation=self.allocation_of(plan)).save(folder)
 
@@ -415,6 +416,7 @@ class Calibration(Drawing):
             "steps": self.steps,
             "guidance": self.guidance,
             "embeddings": self.recipe.calibration.embeddings,
+            **({"dtype": self.recipe.calibration.dtype} if self.recipe.calibration.dtype != "float32" else {}),
         }
 
     def _denoise(self, inputs: Mapping[str, Tensor]) -> Tensor:

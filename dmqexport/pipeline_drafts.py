@@ -50,16 +50,17 @@ class Drafting(Calibration):
         }
 
         def build(folder: Path) -> None:
-            found = measure_step_errors(
-                self.model,
-                QuantPlan.load(draft.path),
-                QuantWeights(draft.path / WEIGHT_CODES),
-                prompts or None,
-                [self.calibration_seed + index for index in range(_PICTURES)],
-                steps=self.steps,
-                guidance=self.guidance,
-                progress=self.workspace.reporter.progress,
-            )
+            with self.computing():
+                found = measure_step_errors(
+                    self.model,
+                    QuantPlan.load(draft.path),
+                    QuantWeights(draft.path / WEIGHT_CODES),
+                    prompts or None,
+                    [self.calibration_seed + index for index in range(_PICTURES)],
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    progress=self.workspace.reporter.progress,
+                )
             (folder / "step_errors.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
 
         record = self.workspace.stage("step-errors", key, build)

@@ -1,12 +1,15 @@
 """Before a build starts: what it will take, and whether that is within --max-ram and --max-disk."""
 
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from dmqexport.errors import ModelError, ResourceError
 from dmqexport.models.architecture import find_architecture
 from dmqexport.models.footprint import Footprint
+from dmqexport.models.random_weights import architectures
 from dmqexport.pipeline_estimate import Estimate, Plan, estimate
 from dmqexport.pipeline_size import WORKING_BYTES, validation_size
 from dmqexport.pipeline_speed import MachineSpeed, measure_speed
@@ -14,6 +17,7 @@ from dmqexport.recipe import Recipe
 from dmqexport.report.wording import duration, size
 
 _SMALLEST_WORKING = 2**27
+_LARGE_FILES = 2 * 2**30
 # where only bytes are asked for
 _INSTANT = MachineSpeed(
     macs=math.inf, products=math.inf, candidates=math.inf, copied=math.inf, drawn=math.inf, written=math.inf, call=0.0
@@ -28,12 +32,15 @@ def estimate_build(recipe: Recipe, folder: Path | None) -> Estimate:
     return _estimates(recipe, folder, (working_bytes(recipe),))[0]
 
 
-def working_bytes(recipe: Recipe) -> int:
+def working_bytes(recipe: Recipe, work: Path | None = None) -> int:
     """Memory for activations and moments: as much as --max-ram leaves beside the weights, at most the usual.
 
+    work: where a build is about to start; a large model must then fit this machine where the recipe names no limit.
     Raises ResourceError when a build of `recipe` does not fit --max-ram or --max-disk however little it is given.
     """
     limit, disk = recipe.max_ram_bytes, recipe.max_disk_bytes
+    if work is not None and _is_large(recipe.model):
+        _check_machine(recipe, work)
     if limit is None and disk is None:
         return WORKING_BYTES
     choices = [WORKING_BYTES]
@@ -86,6 +93,44 @@ def _estimates(recipe: Recipe, folder: Path | None, choices: Sequence[int]) -> l
         )
         for working in choices
     ]
+
+
+def _is_large(model: str) -> bool:
+    """Whether it is worth a look at what a build takes: named by a preset, or gigabytes on this machine."""
+    if model in architectures():
+        return True
+    folder = Path(model).expanduser()
+    sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")] if folder.is_dir() else []
+    return sum(sizes) > _LARGE_FILES
+
+
+def _check_machine(recipe: Recipe, work: Path) -> None:
+    """Refuse what this machine cannot hold, unless the recipe says how much it may take."""
+    try:
+        least = _estimates(recipe, None, (_SMALLEST_WORKING,))[0]
+    except ModelError:
+        return  # loading it says what is wrong
+    memory, disk = machine_memory(), shutil.disk_usage(work).free
+    for option, given, needed, there, what in (
+        ("--max-ram", recipe.max_ram, least.memory, memory, "memory"),
+        ("--max-disk", recipe.max_disk, least.disk, disk, "free disk"),
+    ):
+        if given is None and there and needed > there:
+            hints = [f"{option} {size(needed)} starts it all the same"]
+            if not recipe.drawn and recipe.weights == "random":
+                hints.append("--random-statistics needs no memory for the model")
+            raise ResourceError(
+                f"this build is estimated to need {size(needed)} of {what}, and this machine has {size(there)}",
+                hint="; ".join([*hints, "--dry-run shows every stage"]),
+            )
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _refusal(option: str, limit: int, needed: int, found: Estimate, recipe: Recipe) -> ResourceError:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from dmqexport.bundle import is_replaceable
 from dmqexport.errors import ModelError, RecipeError
+from dmqexport.models.device import DTYPES, find_device, on_device
 from dmqexport.models.footprint import Footprint, measure_footprint
 from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.pipeline_checks import check_recipe
@@ -35,6 +37,7 @@ class Loading:
         self.recipe = without_measurements(recipe)
         self.output = output
         self.workspace = workspace
+        workspace.memory_limit = self.recipe.max_ram_bytes
 
     @property
     def profile(self) -> Any:
@@ -46,6 +49,7 @@ class Loading:
     @cached_property
     def model(self) -> LoadedModel:
         """The float model."""
+        _ = self.device
         _ = self.working_bytes  # refused before anything is loaded, rather than hours into it
         reporter, start = self.workspace.reporter, time.perf_counter()
         reporter.started("load")
@@ -92,12 +96,25 @@ class Loading:
         return batch_within(self.recipe.calibration.batch_size, self.footprint, self.working_bytes)
 
     @cached_property
+    def device(self) -> torch.device:
+        """Where the float model runs; raises BackendMissingError when it is not here."""
+        return find_device(self.recipe.calibration.device)
+
+    def computing(self, *, reduced: bool = False) -> AbstractContextManager[None]:
+        """The float model on its device inside the block, and on the CPU again after it.
+
+        reduced: in the precision that the recipe allows for trajectories; otherwise in float32.
+        """
+        dtype = DTYPES[self.recipe.calibration.dtype] if reduced else torch.float32
+        return on_device(self.model.denoiser, self.model.pipeline, self.device, dtype)
+
+    @cached_property
     def working_bytes(self) -> int:
         """Memory for activations and moments, beside the weights.
 
-        Raises ResourceError when --max-ram or --max-disk cannot be kept to.
+        Raises ResourceError when --max-ram or --max-disk cannot be kept to, or a large model does not fit this machine.
         """
-        return working_bytes(self.recipe)
+        return working_bytes(self.recipe, self.workspace.root)
 
     @property
     def steps(self) -> int:

@@ -52,7 +52,8 @@ class RowAllocating(Allocating):
 
         def build(folder: Path) -> None:
             step_rows = self.row_map[self._step_timesteps]
-            errors = self._errors_by_offset()
+            with self.computing():
+                errors = self._errors_by_offset()
             found = allocate_rows(errors, weights, step_rows.tolist(), costs)
             document = {
                 "offsets": found.row_bits.offsets.tolist(),

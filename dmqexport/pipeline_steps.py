@@ -100,7 +100,7 @@ def measure_step_errors(
                 answer = module(*args, **kwargs)
         finally:
             state["inside"] = 0
-        noise.append(_guided_error(answer[0] - output[0], len(seeds), guidance))
+        noise.append(_guided_error(answer[0] - output[0].to(answer[0].device), len(seeds), guidance))
         return answer
 
     def sample(quantized: int) -> np.ndarray[Any, Any]:

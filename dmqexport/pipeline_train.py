@@ -64,7 +64,9 @@ class Training(RowAllocating):
                 def answer(number: int, path: Path) -> None:
                     last = min(pieces[number].stop * batch, len(data))
                     some = data.at(torch.arange(pieces[number].start * batch, last))
-                    save_file({"targets": teacher_outputs(some, self._denoise, batch)}, str(path))
+                    with self.computing():
+                        targets = teacher_outputs(some, self._denoise, batch)
+                    save_file({"targets": targets}, str(path))
 
                 answers = make_parts(
                     ranks, scratch, f"targets-by-{batch}", len(pieces), answer,

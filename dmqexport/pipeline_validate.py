@@ -95,16 +95,17 @@ class Validation:
             for start, stop, record in ((0, first, True), (first, len(seeds), False)):
                 if stop <= start:
                     continue
-                result = sample_images(
-                    build.model,
-                    prompts[start:stop] or None,
-                    seeds[start:stop],
-                    steps=build.steps,
-                    guidance=build.guidance,
-                    batch_size=min(size.batch_size, build.batch_size),
-                    record=record,
-                    progress=_offset(build, start, len(seeds)),
-                )
+                with build.computing():
+                    result = sample_images(
+                        build.model,
+                        prompts[start:stop] or None,
+                        seeds[start:stop],
+                        steps=build.steps,
+                        guidance=build.guidance,
+                        batch_size=min(size.batch_size, build.batch_size),
+                        record=record,
+                        progress=_offset(build, start, len(seeds)),
+                    )
                 images.append(result.images)
                 if result.calibration is not None:
                     result.calibration.save(folder / "entries.safetensors")

@@ -39,6 +39,7 @@ _WORDS = {
     "int_from_float": "expected a whole number",
     "float_type": "expected a number",
     "float_parsing": "expected a number",
+    "string_pattern_mismatch": "expected auto, cpu, cuda or cuda:N",
     "finite_number": "expected a finite number",
     "bool_parsing": "expected true or false",
     "bool_type": "expected true or false",
@@ -63,6 +64,8 @@ OPTIONS = {
     "calibration.prompts": "--calib-prompts",
     "calibration.size": "--calib-size",
     "calibration.statistics": "--random-statistics",
+    "calibration.device": "--device",
+    "calibration.dtype": "--dtype",
     "max_ram": "--max-ram",
     "max_disk": "--max-disk",
     "calibration.rows": "--rows",
@@ -201,6 +204,7 @@ def without_measurements(recipe: Recipe) -> Recipe:
                 update={"range": "minmax", "rounding": "nearest", "row_bits": "even", "refine_on": "calibration"}
             ),
             "validation": recipe.validation.model_copy(update={"gates": GatesRecipe(eps_sqnr_db=None)}),
+            "lowering": recipe.lowering.model_copy(update={"tune": "off"} if recipe.lowering.tune == "host" else {}),
         }
     )
 

@@ -77,6 +77,15 @@ class CalibrationRecipe(Section):
     )
     samples_per_row: int = Field(default=8192, ge=64, description="activation values kept per tensor and row")
     batch_size: int = Field(default=32, ge=1)
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="where the float model runs: auto (a CUDA device if there is one), cpu, cuda or cuda:N",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="what trajectories are computed in, by autocast; all that decides integers stays float32",
+    )
     embeddings: Literal["random"] | None = Field(default=None, description="for a UNet without text encoder")
 
 

@@ -74,6 +74,19 @@ class SilentReporter:
         """Ignored."""
 
 
+class _Watching:
+    """Passes everything on, and looks at something whenever there is progress."""
+
+    def __init__(self, told: Reporter, look: Callable[[], None]) -> None:
+        self.started, self.finished = told.started, told.finished
+        self._told, self._look = told, look
+
+    def progress(self, done: int, total: int) -> None:
+        """Look, and pass it on."""
+        self._look()
+        self._told.progress(done, total)
+
+
 @dataclass(frozen=True)
 class StageRecord:
     """One finished stage: where its files lie and what it cost.
@@ -117,6 +130,8 @@ class Workspace:
         self.records: list[StageRecord] = []
         self.ranks = ranks
         self.forwards = 0
+        #: Bytes of resident memory, child processes included, that stages must keep to; None: as much as there is.
+        self.memory_limit: int | None = None
         self._resume = resume
         writable_folder(root)
         if ranks.rank == 0:
@@ -140,8 +155,9 @@ class Workspace:
         """Return the finished stage for `key`, running `build(directory)` unless it is there already and undamaged.
 
         shared: every rank runs `build`, on one directory that rank 0 fills from the parts of all (see `partial`).
-        Raises ResourceError when the disk is full or cannot be written, RankError when another rank failed,
-        CalibrationError when the ranks do not agree what to build, and whatever `build` raises.
+        Raises ResourceError when the disk is full or cannot be written, and when more memory than `memory_limit` is
+        used: before the stage, while it reports progress, or at its end, when its files are kept. Raises RankError when
+        another rank failed, CalibrationError when the ranks do not agree what to build, and whatever `build` raises.
         """
         fingerprint = content_key({"stage": name, **key})
         final = self.root / f"{name}-{fingerprint[:16]}"
@@ -178,14 +194,26 @@ class Workspace:
         )  # fmt: skip
         self.records.append(record)
         self.reporter.finished(name, record.seconds, cached)
+        if not cached and leads:
+            self._check_memory(name, peak, "it is finished and kept")
         return record
+
+    def _check_memory(self, stage: str, used: int, state: str) -> None:
+        limit = self.memory_limit
+        if limit is not None and used > limit:
+            raise ResourceError(
+                f"stage {stage!r} uses {used / 1e9:.2f} GB of memory, and --max-ram (max_ram) is {limit / 1e9:.2f} GB; "
+                f"{state}",
+                hint="the same command with a larger --max-ram goes on from the finished stages",
+            )
 
     def _build(self, temporary: Path, final: Path, build: Callable[[Path], None], start: float) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             forwards, cpu = self.forwards, _cpu_seconds()
-            with MemoryWatch() as watch:
+            self._check_memory(final.name.rpartition("-")[0], resident_bytes(os.getpid()), "it was not begun")
+            with MemoryWatch() as watch, self._watched(watch, final.name.rpartition("-")[0]):
                 build(temporary)
             _ordinary_modes(temporary)
             cost = {
@@ -199,6 +227,24 @@ class Workspace:
             temporary.rename(final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextmanager
+    def _watched(self, watch: MemoryWatch, stage: str) -> Iterator[None]:
+        """Whenever the running stage says how far it is, look what memory it has taken."""
+        if self.memory_limit is None:
+            yield
+            return
+        told = self.reporter
+
+        def look() -> None:
+            used = max(watch.peak_bytes, resident_bytes(os.getpid()))
+            self._check_memory(stage, used, "it was stopped")
+
+        self.reporter = _Watching(told, look)
+        try:
+            yield
+        finally:
+            self.reporter = told
 
     @contextmanager
     def partial(self, name: str, key: Mapping[str, Any]) -> Iterator[Path]:

@@ -109,3 +109,27 @@ def test_a_build_takes_about_what_was_said(tmp_path: Path) -> None:
     result = sum(path.stat().st_size for path in (tmp_path / "bundle" / "unet").glob("model.onnx*"))
     assert 1 / 2 < said.result / result < 2
     assert any("result:" in line for line in report_lines(said))
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell"])
+def test_what_this_machine_cannot_hold_is_refused_before_it_starts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmqexport.pipeline_limits.machine_memory", lambda: 24 * 2**30)
+    usage = type("Usage", (), {"free": 50 * 10**9})
+    monkeypatch.setattr("dmqexport.pipeline_limits.shutil.disk_usage", lambda path: usage)
+    build = Build(
+        recipe(name, weights="random", bits="w4a4"), tmp_path / "o", Workspace(tmp_path / "w", SilentReporter())
+    )
+    with pytest.raises(
+        ResourceError, match=r"estimated to need \S+ GB of memory, and this machine has 25\.8 GB"
+    ) as caught:
+        _ = build.model
+    assert caught.value.exit_code == 5
+    assert "--random-statistics" in str(caught.value)
+    assert not list((tmp_path / "w").iterdir())
+    drawn = recipe(name, weights="random", bits="w4a4", **{"calibration.statistics": "drawn"})
+    with pytest.raises(ResourceError, match=r"estimated to need \S+ GB of free disk"):
+        working_bytes(drawn, tmp_path)
+    assert working_bytes(drawn.model_copy(update={"max_disk": "200GB"}), tmp_path) == WORKING_BYTES
+    assert working_bytes(recipe("dit-xl-2-256", weights="random"), tmp_path) == WORKING_BYTES

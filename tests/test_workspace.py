@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dmqexport.errors import ResourceError
+from dmqexport.memory_watch import resident_bytes
 from dmqexport.workspace import SilentReporter, Workspace, replacing, writable_folder
 
 
@@ -275,3 +276,34 @@ def test_replacing_fails_to_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (folder / "file").write_text("two")
     assert (target / "file").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_stage_that_takes_too_much_memory_ends_the_build_and_is_kept(tmp_path: Path) -> None:
+    """--max-ram is kept to while a build runs: at the end of a stage, whose files stay, and where it tells progress."""
+    workspace = Workspace(tmp_path, SilentReporter())
+    built = []
+
+    def build(folder: Path) -> None:
+        block = bytearray(b"x") * 2**28
+        built.append(len(block))
+        (folder / "result").write_text("done", encoding="utf-8")
+
+    def tells(folder: Path) -> None:
+        block = bytearray(b"x") * 2**28
+        workspace.reporter.progress(1, 2)
+        built.append(len(block))
+
+    workspace.memory_limit = resident_bytes(os.getpid()) + 2**27
+    with pytest.raises(ResourceError, match=r"'large' uses .* --max-ram .*finished and kept") as caught:
+        workspace.stage("large", {}, build)
+    assert caught.value.exit_code == 5
+    with pytest.raises(ResourceError, match=r"'telling' uses .*it was stopped"):
+        workspace.stage("telling", {}, tells)
+    assert len(built) == 1
+    assert isinstance(workspace.reporter, SilentReporter)
+    assert workspace.stage("large", {}, build).cached
+    workspace.memory_limit = 2**20
+    with pytest.raises(ResourceError, match=r"'next' uses .*it was not begun"):
+        workspace.stage("next", {}, build)
+    workspace.memory_limit = None
+    assert not workspace.stage("telling", {}, tells).cached

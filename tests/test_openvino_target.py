@@ -45,7 +45,11 @@ def test_every_planned_layer_is_proven_int8(bundles: dict[str, tuple[Path, Answe
     planned = [layer for layer in document["layers"] if layer["sqnr_db"] is not None]
     assert {layer["compute"] for layer in planned} == {"int8"}
     assert document["engine"]["layers_proven"] == document["engine"]["layers_planned"] == len(planned)
-    assert document["engine"]["note"] == "precision read back from the executed network"
+    said, _, types = document["engine"]["note"].partition(": ")
+    assert said == "precision read back from the executed network"
+    counts = [found.split(" ", 1) for found in types.split(", ")]
+    assert {kind for _, kind in counts} <= {"i8 x i8", "u8 x i8"}
+    assert sum(int(count) for count, _ in counts) >= len(planned), "a layer of two halves has two products"
     assert f"{len(planned)} of {len(planned)} layers proven int8" in answer.out
     assert document["latency"]["ratio"] > 0
     assert document["metrics"]["eps_sqnr_db"] > 1

@@ -185,7 +185,7 @@ def print_summary(document: Mapping[str, Any], path: Path) -> None:
         )
     engine = document["engine"]
     if engine is not None and engine.get("layers_planned"):
-        rows.append(("engine", f"{engine['layers_proven']} of {engine['layers_planned']} layers proven int8"))
+        rows.append(("engine", f"{engine['layers_proven']} of {engine['layers_planned']} layers {proven(engine)}"))
     rows += gate_rows(document["gates"])
     rows += [("warning", warning) for warning in document["warnings"]]
     if any(gate["passed"] is False for gate in document["gates"]):
@@ -193,6 +193,16 @@ def print_summary(document: Mapping[str, Any], path: Path) -> None:
     rows += [("bundle", str(path)), ("report", str(path / REPORT_HTML))]
     rows += [] if drawn else [("grid", str(path / GRID))]
     print(f"{document['model']['name']} {document['bits']} for {document['target']}\n{columns(rows)}")
+
+
+def proven(engine: Mapping[str, Any]) -> str:
+    """In which types the report's engine was found to multiply: "proven int8", or the note's counts where not all are.
+
+    engine: as in report.json.
+    """
+    types = str(engine.get("note") or "").partition(": ")[2]
+    operands = {operand for kind in types.split(", ") for operand in kind.lower().split()[1:] if operand != "x"}
+    return "proven int8" if operands <= {"int8", "i8", "u8"} else f"proven: {types}"
 
 
 def print_bundle(bundle: Bundle, layers: bool) -> None:
@@ -211,8 +221,8 @@ def print_bundle(bundle: Bundle, layers: bool) -> None:
     ]
     engine = manifest.get("engine")
     if engine:
-        proven = f"{engine['layers_proven']} of {engine['layers_planned']} layers proven int8"
-        rows.append(("engine", f"{engine['target']} {engine['version']}, {proven}"))
+        share = f"{engine['layers_proven']} of {engine['layers_planned']} layers {proven(report.get('engine') or {})}"
+        rows.append(("engine", f"{engine['target']} {engine['version']}, {share}"))
     if manifest.get("finish_command"):
         rows.append(("engine", f"not built yet; on the GPU host: {manifest['finish_command']}"))
     by_reason: dict[str, list[str]] = {}

@@ -9,7 +9,6 @@ The loss of a trajectory is the logarithm of its error, as PSNR is the logarithm
 over into another picture, and squares would train on nothing else.
 """
 
-import copy
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -150,7 +149,7 @@ class _Trainer:
         """Go on from what `save` wrote."""
         saved = torch.load(path, weights_only=True)
         self.model.load_state(saved["model"])
-        self.optimizer.load_state(copy.deepcopy(saved["optimizer"]))
+        self.optimizer.load_state(saved["optimizer"])
         self.best, self.losses = saved["best"], saved["losses"]
         self.trials = [(int(done), float(value)) for done, value in saved["trials"]]
 
@@ -174,10 +173,10 @@ def distill_trajectories(
 
     starts: inputs of every trajectory's first call, all guidance halves; finished: the float model's latents at the
     end, [trajectories, ...]; finish: draws with `model` what the float model drew. The last `held_out` trajectories are
-    not trained on: `model` ends in that of eight states, the first among them, that draws those best, so that training
-    never makes them worse. checkpoint: a file written about once a minute, from which a killed run goes on; ranks:
-    processes that share every batch, trajectory by trajectory, on equal models. Raises CalibrationError when the loss
-    is no number or nothing is left to train on, RankError when another rank failed.
+    not trained on: `model` ends in that of nine states, the untrained one among them, that draws those best, so that
+    training never makes them worse. checkpoint: a file written about once a minute, from which a killed run goes on;
+    ranks: processes that share every batch, trajectory by trajectory, on equal models. Raises CalibrationError when
+    the loss is no number or nothing is left to train on, RankError when another rank failed.
     """
     optimizer = model.optimizer(names, iterations)
     trainer = _Trainer(model, starts, finished, finish, optimizer, held_out, batch_size, ranks)

@@ -110,19 +110,23 @@ class Calibration(Drawing):
         def make(number: int, path: Path) -> None:
             start, stop = number * batch, min((number + 1) * batch, count)
             with self.computing(reduced=True):
-                result = sample_images(
-                    self.model,
-                    list(prompts[start:stop]) or None,
-                    [seed + index for index in range(start, stop)],
-                    steps=self.steps,
-                    guidance=self.guidance,
-                    batch_size=batch,
-                    record=True,
-                )
-            assert result.calibration is not None
-            result.calibration.renumbered(start).thinned(stride).save(path)
+                self.recorded(start, stop, prompts, seed).thinned(stride).save(path)
 
         return make_parts(self.workspace.ranks, scratch, f"by-{batch}", -(-count // batch), make, progress)
+
+    def recorded(self, start: int, stop: int, prompts: Sequence[str], seed: int) -> CalibrationSet:
+        """Every call along float trajectories `start` to `stop` - 1 of those that begin with `seed`, in one batch."""
+        result = sample_images(
+            self.model,
+            list(prompts[start:stop]) or None,
+            [seed + index for index in range(start, stop)],
+            steps=self.steps,
+            guidance=self.guidance,
+            batch_size=stop - start,
+            record=True,
+        )
+        assert result.calibration is not None
+        return result.calibration.renumbered(start)
 
     @cached_property
     def calibration_set(self) -> CalibrationSet:

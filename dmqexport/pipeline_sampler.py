@@ -1,7 +1,6 @@
 """The last training stage: through the sampler, on where whole trajectories end."""
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial, wraps
@@ -17,10 +16,9 @@ from calib.network_distill import guidance_pairs
 from calib.sampling import CalibrationSet
 from calib.trajectory_distill import distill_trajectories, first_calls
 from dmqexport.errors import RecipeError
-from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_parts import make_parts
-from dmqexport.pipeline_train import TRAINING_SEED, Training, save_trained
+from dmqexport.pipeline_train import TRAINING_SEED, Training
 from dmqexport.workspace import StageRecord
 
 #: Of the latents' own size: how far the loop that is trained through may be from the pipeline it stands for.
@@ -43,7 +41,6 @@ class SamplerTraining(Training):
         prompts = self.prompts_for(count)
         key = {
             **self.base_key("trajectory-ends"),
-            "version": STAGE_VERSIONS["trajectory-ends"],
             "prompts": prompts,
             "size": count,
             "seed": recipe.seed,
@@ -55,22 +52,13 @@ class SamplerTraining(Training):
 
             def make(number: int, path: Path) -> None:
                 start, stop = number * batch, min((number + 1) * batch, count)
-                with _last_step(self.model.pipeline.scheduler) as ends:
-                    result = sample_images(
-                        self.model,
-                        list(prompts[start:stop]) or None,
-                        [first_seed + index for index in range(start, stop)],
-                        steps=self.steps,
-                        guidance=self.guidance,
-                        batch_size=batch,
-                        record=True,
-                    )
-                assert result.calibration is not None
-                data = result.calibration.renumbered(start)
-                starts = data.at(torch.nonzero(data.step == 0).flatten())
-                finished = ends[-1]
-                if number == 0:
-                    self._check_replay(data, starts, finished)
+                with self.computing():  # what is trained towards is float32, whatever calibration.dtype says
+                    with _last_step(self.model.pipeline.scheduler) as ends:
+                        data = self.recorded(start, stop, prompts, first_seed)
+                    starts = data.at(torch.nonzero(data.step == 0).flatten())
+                    finished = ends[-1].cpu()
+                    if number == 0:
+                        self._check_replay(data, starts, finished)
                 starts.save(path.with_suffix(".starts"))
                 save_file({"finished": finished.contiguous()}, str(path))
 
@@ -118,11 +106,8 @@ class SamplerTraining(Training):
                     progress=self.workspace.reporter.progress,
                     ranks=self.workspace.ranks,
                 )
-                model.harden()
-                if self.workspace.ranks.rank == 0:
-                    save_trained(model, folder)
-                    document = {"kept": result.kept, "held_out_db": result.held_out, "losses": result.losses}
-                    (folder / "sampler.json").write_text(json.dumps(document), encoding="utf-8")
+                document = {"kept": result.kept, "held_out_db": result.held_out, "losses": result.losses}
+                self.keep_trained(model, folder / "sampler.json", document)
 
         return self.workspace.stage("sampler", key, build, shared=True)
 

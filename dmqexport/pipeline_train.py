@@ -1,6 +1,7 @@
 """Training stages between the plan and the graphs: block by block, then the network as a whole."""
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -217,13 +218,17 @@ class Training(RowAllocating):
                     progress=self.workspace.reporter.progress,
                     ranks=self.workspace.ranks,
                 )
-                model.harden()
-                if self.workspace.ranks.rank == 0:
-                    save_trained(model, folder)
-                    document = {"first_loss": result.first, "last_loss": result.last, "losses": result.losses}
-                    (folder / "network.json").write_text(json.dumps(document), encoding="utf-8")
+                document = {"first_loss": result.first, "last_loss": result.last, "losses": result.losses}
+                self.keep_trained(model, folder / "network.json", document)
 
         return self.workspace.stage("network", key, build, shared=True)
+
+    def keep_trained(self, model: TrainableModel, path: Path, document: Mapping[str, Any]) -> None:
+        """Fix every rounding; rank 0 then writes plan, codes and state beside `path`, and `document` there, as JSON."""
+        model.harden()
+        if self.workspace.ranks.rank == 0:
+            save_trained(model, path.parent)
+            path.write_text(json.dumps(document), encoding="utf-8")
 
     @property
     def _continues(self) -> bool:

@@ -76,7 +76,10 @@ class SamplerTrainingRecipe(Section):
     iterations: int = Field(default=0, ge=0, description="0 leaves the stage out")
     batch_size: int = Field(default=4, ge=1, description="trajectories")
     held_out: int = Field(
-        default=32, ge=1, description="trajectories that judge; of eight states the one that draws them best is kept"
+        default=32,
+        ge=1,
+        description="trajectories that judge; that of nine states, the untrained one among them, which draws them "
+        "best is kept",
     )
     weights: Literal["none", "full", "rounding", "adapter"] = Field(
         default="full", description="what moves in a weight"

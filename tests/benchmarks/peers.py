@@ -87,7 +87,7 @@ def _optimum(way: str, name: str, bits: str) -> Entry:
 
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")
-MORE_CAPTIONS = "weights fitted to 1,024 further captions"
+MORE_CAPTIONS = "not trained; weights fitted to 1,024 further captions"
 ENTRIES: tuple[Entry, ...] = (
     _ours("ours-w8a8", "`ort-cpu`, `--recipe default`", "w8a8", "ort-cpu"),
     _ours("ours-w8a8-conv-in", "the same, `conv_in` in float", "w8a8", "ort-cpu", "quantization.keep_float=[conv_in]"),
@@ -108,7 +108,7 @@ ENTRIES: tuple[Entry, ...] = (
     _ours("ours-w4a4", "`ort-cpu`", "w4a4", "ort-cpu", recipe=None),
     _ours(
         "ours-w4a4-mixed", "`ort-cpu`, `--mixed --recipe full`", "w4a4", "ort-cpu", "allocation.mixed=true",
-        recipe="full", note=MORE_CAPTIONS,
+        "training.sampler.iterations=0", recipe="full", note=MORE_CAPTIONS,
     ),
     _modelopt("modelopt-recipe-w4a4", "its diffusers recipe", "w4a4", "recipe"),
     _modelopt("modelopt-same-w4a4", "our layers, mse", "w4a4", "same", "mse"),

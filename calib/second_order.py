@@ -251,21 +251,26 @@ def round_second_order(weight: Tensor, moments: Sequence[Tensor], bits: int) -> 
         moment + _DAMPING * moment.diagonal().mean().clamp_min(1e-12) * torch.eye(len(moment)) for moment in moments
     ]
     codes = [_compensate(part, moment, scale, low, high) for part, moment in zip(blocks, damped, strict=True)]
+    # Products with the moments are most of the work: the weight's are made once, the codes' kept up to date.
+    pulls = [part @ moment for part, moment in zip(blocks, damped, strict=True)]
+    products = [code @ moment for code, moment in zip(codes, damped, strict=True)]
     for _ in range(_SWEEPS):
-        scale = _fitted_scale(blocks, damped, codes, scale)
+        scale = _fitted_scale(blocks, products, codes, scale)
         codes = [
-            _descend(part, moment, scale, low, high, found)
-            for part, moment, found in zip(blocks, damped, codes, strict=True)
+            _descend(pull, product, moment, scale, low, high, found)
+            for pull, product, moment, found in zip(pulls, products, damped, codes, strict=True)
         ]
     fitted = WeightQuant(bits, scale.flatten().numpy(), qparams.zero_point)
     return torch.cat(codes, dim=1), fitted
 
 
 def _fitted_scale(
-    weights: Sequence[Tensor], moments: Sequence[Tensor], codes: Sequence[Tensor], scale: Tensor
+    weights: Sequence[Tensor], products: Sequence[Tensor], codes: Sequence[Tensor], scale: Tensor
 ) -> Tensor:
-    """The scale of every output channel, [out, 1], that fits these codes best; `scale` where none does."""
-    products = [code @ moment for code, moment in zip(codes, moments, strict=True)]
+    """The scale of every output channel, [out, 1], that fits these codes best; `scale` where none does.
+
+    products: codes times moments.
+    """
     along = sum(
         ((product * weight).sum(dim=1, keepdim=True) for product, weight in zip(products, weights, strict=True)),
         torch.zeros_like(scale),
@@ -278,25 +283,27 @@ def _fitted_scale(
     return torch.where((along > 0) & (power > 0), torch.maximum(torch.minimum(best, 1.5 * scale), scale / 1.5), scale)
 
 
-def _descend(weight: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high: Tensor, codes: Tensor) -> Tensor:
+def _descend(
+    pull: Tensor, product: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high: Tensor, codes: Tensor
+) -> Tensor:
     """One sweep of coordinate descent: each column's codes in turn become the best for the codes of all others.
 
     The squared output error tr((QS - W) H (QS - W)ᵀ), which compensation only ever looks forward in, cannot rise.
+    pull: W H. product: Q H of `codes`, made that of the result.
     """
     codes, diagonal = codes.clone(), moment.diagonal()
-    gradient = (codes * scale - weight) @ moment
-    for start in range(0, weight.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, weight.shape[1])
-        local, moved = gradient[:, start:stop].clone(), torch.zeros(len(weight), stop - start)
+    for start in range(0, codes.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, codes.shape[1])
+        gradient, moved = scale * product[:, start:stop] - pull[:, start:stop], torch.zeros(len(codes), stop - start)
         for column in range(stop - start):
             at = start + column
             code = codes[:, at : at + 1]
-            best = torch.round(code - local[:, column : column + 1] / (diagonal[at] * scale)).clamp(low, high)
-            step = (best - code) * scale
-            local += step @ moment[at : at + 1, start:stop]
+            best = torch.round(code - gradient[:, column : column + 1] / (diagonal[at] * scale)).clamp(low, high)
+            step = best - code
+            gradient[:, column + 1 :] += (step * scale) @ moment[at : at + 1, at + 1 : stop]
             moved[:, column : column + 1] = step
             codes[:, at : at + 1] = best
-        gradient += moved @ moment[start:stop]
+        product += moved @ moment[start:stop]
     return codes
 
 

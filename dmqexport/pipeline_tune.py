@@ -50,7 +50,7 @@ def tune(
     """What to do about layers that the fused integer product does not suit best, and what says so.
 
     mode: HOST measures what is not known of this machine yet, and keeps it for the next build; else the path of a file
-    of timings. Returns a document with `kernels`: layer → kernel, signature and milliseconds of every kernel.
+    of timings. Returns a document with `kernels`: layer or attention → kernel, signature and milliseconds of every one.
 
     Raises RecipeError for a file that holds no timings.
     """
@@ -90,24 +90,32 @@ def why(entry: Mapping[str, Any]) -> str:
 
 
 def layer_signatures(canonical: ir.Model, plan: QuantPlan, circumstances: str) -> dict[str, str]:
-    """What a layer's time depends on, by name: operator, bits, shapes, attributes, and `circumstances`.
+    """What a layer's or an attention's time depends on, by name: operator, bits, shapes, attributes, `circumstances`.
 
-    Only layers with quantized activations; the batch is left open, since `circumstances` say it.
+    Only what has quantized activations; the batch is left open, since `circumstances` say it.
     """
-    signatures = {}
-    for name, nodes in bind(canonical, plan).layers.items():
+    signatures, bindings = {}, bind(canonical, plan)
+    for name, nodes in bindings.layers.items():
         layer = plan.layer(name)
         if any(segment.activation is None for segment in layer.segments):
             continue
         parts = []
         for node in nodes.compute:
-            value, weight = node.inputs[0], node.inputs[1]
-            shape = [] if value is None or value.shape is None else list(value.shape)[1:]
+            weight = node.inputs[1]
             attributes = ",".join(f"{key}={node.attributes[key].value}" for key in sorted(node.attributes))
             sizes = [] if weight is None or weight.shape is None else list(weight.shape)
-            parts.append(f"in {_sizes(shape)} weight {_sizes(sizes)} {attributes}".strip())
+            parts.append(f"in {_sizes(_behind_batch(node.inputs[0]))} weight {_sizes(sizes)} {attributes}".strip())
         kind = f"{layer.op.value} w{layer.weight_bits}a{layer.activation_bits}"
         signatures[name] = f"{kind} {circumstances} {' + '.join(parts)}"
+    for attention in plan.attentions:
+        products = bindings.attentions[attention.name]
+        query, value = (
+            _sizes(_behind_batch(node.inputs[operand]))
+            for node, operand in ((products.query_key, 0), (products.probability_value, 1))
+        )
+        operands = (attention.query, attention.key, attention.probability, attention.value)
+        kind = "".join(f"a{qparams.bits}" for qparams in operands)
+        signatures[attention.name] = f"attention {kind} {circumstances} query {query} value {value}"
     return signatures
 
 
@@ -121,7 +129,8 @@ def measure(
     vnni: bool,
     threads: int,
 ) -> dict[str, dict[Kernel, float]]:
-    """Milliseconds by signature and kernel: of every layer inside the whole graph, its quantizers and all.
+    """Milliseconds by signature and kernel: of every layer inside the whole graph, its quantizers and all; of both
+    products of an attention, without what is between them.
 
     The graph runs once with each kernel everywhere; a signature's time is the median of its layers' medians.
     """
@@ -136,9 +145,9 @@ def measure(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             save_model(model, path)
-            times = by_layer(
-                profile_nodes(path, inputs, runs=_RUNS, threads=threads), [layer.name for layer in plan.layers]
-            )
+            names = [*(layer.name for layer in plan.layers), *(attention.name for attention in plan.attentions)]
+            nodes = profile_nodes(path, inputs, runs=_RUNS, threads=threads)
+            times = by_layer([node for node in nodes if node.op != "Softmax"], names)
         members: dict[str, list[float]] = {}
         for name, signature in wanted.items():
             if times[name] > 0:
@@ -149,7 +158,11 @@ def measure(
 
 
 def _convolution(plan: QuantPlan, name: str) -> bool:
-    return plan.layer(name).op is LayerOp.CONV
+    return any(layer.name == name and layer.op is LayerOp.CONV for layer in plan.layers)
+
+
+def _behind_batch(value: ir.Value | None) -> list[int | ir.SymbolicDim]:
+    return [] if value is None or value.shape is None else list(value.shape)[1:]
 
 
 def _sizes(shape: list[int | ir.SymbolicDim]) -> str:

@@ -13,9 +13,10 @@ from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, 
 from dmqexport.errors import RecipeError
 from dmqexport.onnx_export import save_model
 from dmqexport.pipeline_tune import HOST, Machine, layer_signatures, tune
-from dmqexport.quant_plan import LayerOp, QuantWeights
+from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights
 from dmqexport.tuning import Kernel, Timings, cache_file, cpu_model, load_cache, read_timings, store_cache
 from engines import ort
+from engines.ort_profile import profile_nodes
 from passes.bind import bind
 from passes.lower.uniform_rows import UniformRows
 from passes.pipelines import lower_ort_cpu
@@ -97,13 +98,20 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(
         assert list((tmp_path / "locked").iterdir()) == []
 
 
+def everywhere(plan: QuantPlan, kernel: Kernel) -> dict[str, str]:
+    """One kernel wherever it can be."""
+    layers = [layer.name for layer in plan.layers if layer.op is LayerOp.CONV or kernel is Kernel.FLOAT]
+    attentions = [attention.name for attention in plan.attentions if kernel is Kernel.FLOAT]
+    return dict.fromkeys(layers + attentions, kernel.value)
+
+
 @pytest.mark.parametrize("kernel", [Kernel.FLOAT, Kernel.CONV_INTEGER])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_kernel_computes_the_canonical_operators(
     deep: Exported, tmp_path: Path, seed: int, kernel: Kernel
 ) -> None:
     plan = draw(deep, tmp_path, seed)
-    kernels = {layer.name: kernel.value for layer in plan.layers if layer.op is LayerOp.CONV or kernel is Kernel.FLOAT}
+    kernels = everywhere(plan, kernel)
     lowering = lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=False, kernels=kernels)
     model = canonical_graph(deep, plan, tmp_path / "codes")
     lowering(model)
@@ -115,12 +123,12 @@ def test_every_kernel_computes_the_canonical_operators(
 
 
 @pytest.mark.parametrize("kernel", [Kernel.FLOAT, Kernel.CONV_INTEGER])
-@pytest.mark.parametrize("bits", [(8, 8), (4, 4)])
+@pytest.mark.parametrize(("seed", "bits"), [(2, (8, 8)), (2, (4, 4)), (1, (4, 4))])
 def test_every_kernel_does_in_batches_of_one_row(
-    deep: Exported, tmp_path: Path, bits: tuple[int, int], kernel: Kernel
+    deep: Exported, tmp_path: Path, seed: int, bits: tuple[int, int], kernel: Kernel
 ) -> None:
-    plan = draw(deep, tmp_path, 2, bits=bits)
-    kernels = {layer.name: kernel.value for layer in plan.layers if layer.op is LayerOp.CONV or kernel is Kernel.FLOAT}
+    plan = draw(deep, tmp_path, seed, bits=bits)
+    kernels = everywhere(plan, kernel)
     reference, uniform = (canonical_graph(deep, plan, tmp_path / "codes") for _ in range(2))
     lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=False, kernels=kernels)(uniform)
     assert UniformRows()(uniform).modified
@@ -133,14 +141,48 @@ def test_every_kernel_does_in_batches_of_one_row(
         assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max(), result
 
 
+@pytest.mark.parametrize("seed", [1, 2], ids=["8 bits", "5 bits"])
+@pytest.mark.parametrize("vnni", [True, False], ids=["signed", "portable"])
+def test_attention_in_float_is_executed_in_float(deep: Exported, tmp_path: Path, seed: int, vnni: bool) -> None:
+    """ONNX Runtime makes an integer product of a MatMul between two DequantizeLinear, and must find none."""
+    plan = draw(deep, tmp_path, seed, bits=(8, 8))
+    model = canonical_graph(deep, plan, tmp_path / "codes")
+    names = {attention.name: Kernel.FLOAT.value for attention in plan.attentions}
+    lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=vnni, kernels=names)(model)
+    UniformRows()(model)
+    save_model(model, tmp_path / "model.onnx")
+    inputs = {name: value.numpy() for name, value in random_inputs(2, 3).items()}
+    nodes = profile_nodes(tmp_path / "model.onnx", inputs, runs=1, threads=1)
+    for name in names:
+        products = {node.op for node in nodes if node.name.startswith(f"{name}/") and "MatMul" in node.op}
+        assert products
+        assert products <= {"MatMul", "FusedMatMul"}
+    # Tables cost nothing after these products: their numbers are in what scales the right operand.
+    left = [
+        str(node.name) for node in model.graph if str(node.name).endswith(("/rescaled", "/rescaled1", "/corrected"))
+    ]
+    assert not [node for node in left if node.startswith(tuple(names))]
+
+
 def test_signatures_name_what_time_depends_on(deep: Exported, tmp_path: Path) -> None:
     plan = draw(deep, tmp_path, 1, bits=(4, 4))
     model = canonical_graph(deep, plan, tmp_path / "codes")
     few, many = (layer_signatures(model, plan, Machine(True, batch, 1).circumstances) for batch in (2, 8))
-    assert few.keys() == many.keys() == {layer.name for layer in plan.layers}
+    assert (
+        few.keys()
+        == many.keys()
+        == {*(layer.name for layer in plan.layers), *(attention.name for attention in plan.attentions)}
+    )
     assert set(few.values()).isdisjoint(many.values())
     assert len(set(few.values())) < len(few), "layers of a kind are measured once"
+    for attention in plan.attentions:
+        assert few[attention.name].startswith("attention a8a8a8a8 batch 2 threads 1 signed query")
+    assert len({few[attention.name] for attention in plan.attentions}) == 2, (
+        "one has 16 keys, the other those of the text"
+    )
     for name, signature in few.items():
+        if name not in {layer.name for layer in plan.layers}:
+            continue
         layer = plan.layer(name)
         assert signature.startswith(f"{layer.op.value} w{layer.weight_bits}a{layer.activation_bits} batch 2 threads 1")
 
@@ -159,8 +201,8 @@ def test_what_is_measured_is_kept_and_asked_for_once(
     timings = read_timings(stored)
     signatures = layer_signatures(model, plan, machine.circumstances)
     assert timings.times.keys() == set(signatures.values())
-    for name, signature in signatures.items():
-        expected = set(Kernel) if plan.layer(name).op is LayerOp.CONV else {Kernel.PRODUCT, Kernel.FLOAT}
+    for signature in signatures.values():
+        expected = set(Kernel) if signature.startswith("conv ") else {Kernel.PRODUCT, Kernel.FLOAT}
         assert set(timings.times[signature]) == expected
 
     def never(*_: object, **__: object) -> None:

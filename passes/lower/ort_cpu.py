@@ -9,9 +9,17 @@ shifted to u8 instead, which is exact everywhere and slower; with `vnni=True` th
 needs a CPU with VNNI. (ONNX Runtime's own remedy, `session.x64quantprecision`, fails to load graphs whose weights it
 has to convert twice.)
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulIntegerToFloat
+
+Both operands of a quantized attention product are activations. With `vnni` the right one has signed codes too: u8 × s8
+takes 0.3–0.7 of u8 × u8, quantizers aside (0.5–0.9 with them; 8 to 40 channels a head, 64 to 4096 tokens).
+
+No product's output is quantized inside the product (QLinearConv, QLinearMatMul). In UNets with float attention no layer
+has a quantizer for its only reader: results meet norms, sums and activation functions first. With quantized attention
+queries, keys and values have, and their codes would be the same, but QLinearMatMul, Reshape and Transpose take 0.95 to
+1.01 of this product, Reshape, Transpose and QuantizeLinear: the quantizer is moved before the Transpose anyway.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -19,15 +27,17 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_plan import AttentionQuant, LayerOp, QuantPlan, QuantWeights, Segment
 from dmqexport.quant_types import MAX_BITS, ActivationQuant, CodeArray
 from passes.base import Builder, Role, constant_array, redirect, segment_of, tag, take_name
-from passes.bind import Bindings, LayerNodes, bind
+from passes.bind import AttentionNodes, LayerNodes, bind
 
 CONTRIB_DOMAIN = "com.microsoft"
 FUSED_PRODUCT = "MatMulIntegerToFloat"
 #: Names of the other kernels that a layer may have.
 CONV_KERNEL, FLOAT_KERNEL = "conv-integer", "float"
+#: How the name ends of what scales one operand of a product for both.
+BOTH_SCALES = "/both_scales"
 #: Largest sum of two adjacent u8 × s8 products that the 16-bit step of AVX2 kernels holds.
 _PAIR_LIMIT = 32767
 
@@ -38,8 +48,9 @@ class LowerOrtCpu(ir.passes.InPlacePass):
     Codes become unsigned with a constant offset, weights stay signed (packed int4 at up to 4 bits). Grouped or dilated
     convolutions use ConvInteger. Weight-only layers and everything unplanned are not touched.
 
-    kernels: layers that another kernel than the fused product suits better, by name: FLOAT_KERNEL multiplies the
-    dequantized codes in float (the weight's DequantizeLinear is left to `LowerWeightOnly`), CONV_KERNEL is ConvInteger.
+    kernels: layers and attentions that another kernel than the fused product suits better, by name: FLOAT_KERNEL
+    multiplies the dequantized codes in float (a weight's DequantizeLinear is left to `LowerWeightOnly`), CONV_KERNEL is
+    ConvInteger.
     """
 
     def __init__(
@@ -67,7 +78,9 @@ class LowerOrtCpu(ir.passes.InPlacePass):
                 else:
                     work.layer(layer.name, layer.op, segment, nodes, node, convolve=kernel == CONV_KERNEL)
                     modified = True
-        modified |= work.attentions(bindings)
+        for attention in self._plan.attentions:
+            in_float = self._kernels.get(attention.name) == FLOAT_KERNEL
+            modified |= work.attention(attention, bindings.attentions[attention.name], in_float=in_float)
         if modified:
             model.graph.opset_imports[CONTRIB_DOMAIN] = 1
             model.graph.sort()
@@ -82,7 +95,7 @@ class _Lowering:
         self._plan = plan
         self._weights = weights
         self._vnni = vnni
-        self._codes: dict[ir.Value, ir.Value] = {}
+        self._codes: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._channels_last: dict[ir.Value, ir.Value] = {}
         self._columns: dict[tuple[object, ...], ir.Value] = {}
         self._floats: dict[ir.Value, ir.Value] = {}
@@ -93,7 +106,7 @@ class _Lowering:
         assert segment.activation is not None
         index = segment_of(node)
         offset = unsigned_offset(segment.activation)
-        codes = self._unsigned(node, 0, segment.activation, offset)
+        codes = self._quantized(node, 0, self._offset(offset))
         weight_codes = self._weights.codes(name, index)
         scale = np.asarray(segment.weight.scale) * np.float32(1.0)
         if op is LayerOp.CONV and (convolve or not _plain(node)):
@@ -144,14 +157,12 @@ class _Lowering:
             and dequantize.inputs[0].dtype == ir.DataType.UINT8
         ):
             return False
-        offset = unsigned_offset(segment.activation)
-        codes = self._unsigned(node, 0, segment.activation, offset)
+        offset = self._offset(unsigned_offset(segment.activation))
+        codes = self._quantized(node, 0, offset)
         if codes not in self._floats:
-            inputs = [codes, self._builder.scalar(segment.activation.scale_ref, f"{codes.name}/scale")]
+            scale = self._builder.scalar(segment.activation.scale_ref, f"{codes.name}/scale")
             name = f"{codes.name}/dequantized"
-            created = self._builder.node(
-                "DequantizeLinear", [*inputs, self._offset(offset)], name, before=node, like=value
-            )
+            created = self._builder.node("DequantizeLinear", [codes, scale, offset], name, before=node, like=value)
             self._floats[codes] = created.outputs[0]
         node.replace_input_with(0, self._floats[codes])
         return True
@@ -169,8 +180,11 @@ class _Lowering:
     def _offset(self, offset: int) -> ir.Value:
         return self._builder.constant(np.array(offset, dtype=np.uint8), f"dmqexport/offset_{offset}")
 
-    def _unsigned(self, node: ir.Node, operand: int, qparams: ActivationQuant, offset: int) -> ir.Value:
-        """The operand's codes plus `offset`, uint8; one QuantizeLinear however many readers."""
+    def _signed_offset(self, offset: int) -> ir.Value:
+        return self._builder.constant(np.array(offset - 128, dtype=np.int8), f"dmqexport/signed_offset_{offset}")
+
+    def _quantized(self, node: ir.Node, operand: int, zero: ir.Value) -> ir.Value:
+        """The operand's codes plus `zero`, in its type; one QuantizeLinear a type however many readers."""
         value = node.inputs[operand]
         dequantize = value.producer() if value is not None else None
         quantize = None
@@ -180,18 +194,19 @@ class _Lowering:
             raise LoweringError(
                 f"lower_ort_cpu: operand {operand} of {node.name} is not quantized in the canonical graph"
             )
-        codes = quantize.outputs[0]
-        if codes not in self._codes:
+        codes, kind = quantize.outputs[0], zero.dtype
+        assert kind is not None
+        if (codes, kind) not in self._codes:
             created = self._builder.node(
                 "QuantizeLinear",
-                [quantize.inputs[0], quantize.inputs[1], self._offset(offset)],
-                f"{codes.name}_u8",
+                [quantize.inputs[0], quantize.inputs[1], zero],
+                f"{codes.name}_{'u8' if kind == ir.DataType.UINT8 else 's8'}",
                 before=quantize,
                 like=codes,
-                dtype=ir.DataType.UINT8,
+                dtype=kind,
             )
-            self._codes[codes] = created.outputs[0]
-        return self._codes[codes]
+            self._codes[codes, kind] = created.outputs[0]
+        return self._codes[codes, kind]
 
     def _weight(self, label: str, node: ir.Node, matrix: CodeArray, segment: Segment) -> tuple[ir.Value, ir.Value]:
         """Signed codes [k, n] int8 and their zero_point int8 [n]; packed int4 plus Cast at up to 4 bits.
@@ -302,34 +317,51 @@ class _Lowering:
             value = builder.node("Add", [value, shaped], f"{node.name}/biased", before=node, like=value).outputs[0]
         self._replace(node, node, value)
 
-    def attentions(self, bindings: Bindings) -> bool:
-        """Quantized attention matmuls: both operands are activations."""
+    def attention(self, plan: AttentionQuant, nodes: AttentionNodes, *, in_float: bool) -> bool:
+        """Quantized attention matmuls: both operands are activations. False where they are lowered already."""
         modified = False
-        for plan in self._plan.attentions:
-            nodes = bindings.attentions[plan.name]
-            for node, left, right in (
-                (nodes.query_key, plan.query, plan.key),
-                (nodes.probability_value, plan.probability, plan.value),
-            ):
-                if node.op_type == FUSED_PRODUCT:
-                    continue
-                offsets = (unsigned_offset(left), unsigned_offset(right))
-                inputs = [
-                    self._unsigned(node, 0, left, offsets[0]),
-                    self._unsigned(node, 1, right, offsets[1]),
-                    self._builder.scalar(left.scale_ref, f"{node.name}/left_scale"),
-                    self._builder.scalar(right.scale_ref, f"{node.name}/right_scale"),
-                    self._offset(offsets[0]),
-                    self._offset(offsets[1]),
+        for node, left, right in (
+            (nodes.query_key, plan.query, plan.key),
+            (nodes.probability_value, plan.probability, plan.value),
+        ):
+            maker = None if node.inputs[0] is None else node.inputs[0].producer()
+            if node.op_type == FUSED_PRODUCT or (maker is not None and maker.op_type != "DequantizeLinear"):
+                continue
+            first = self._offset(unsigned_offset(left))
+            second = unsigned_offset(right)
+            zeros = (first, self._signed_offset(second) if self._vnni else self._offset(second))
+            codes = [self._quantized(node, operand, zero) for operand, zero in enumerate(zeros)]
+            if in_float:
+                self._float_product(node, codes, left.scale_ref * right.scale_ref, zeros)
+            else:
+                scales = [
+                    self._builder.scalar(qparams.scale_ref, f"{node.name}/{side}_scale")
+                    for qparams, side in ((left, "left"), (right, "right"))
                 ]
                 product = self._builder.node(
-                    FUSED_PRODUCT, inputs, f"{node.name}/int8", before=node, like=node.outputs[0]
+                    FUSED_PRODUCT, [*codes, *scales, *zeros], f"{node.name}/int8", before=node, like=node.outputs[0]
                 )
                 product.domain = CONTRIB_DOMAIN
                 product.metadata_props.update(node.metadata_props)
                 self._replace(node, node, product.outputs[0])
-                modified = True
+            modified = True
         return modified
+
+    def _float_product(self, node: ir.Node, codes: Sequence[ir.Value], scale: float, zeros: Sequence[ir.Value]) -> None:
+        """Multiply what the codes stand for; the right operand, which is small, takes both scales.
+
+        Two operands straight from DequantizeLinear would be made an integer product by ONNX Runtime.
+        """
+        builder, one = self._builder, self._builder.scalar(1.0, "dmqexport/one")
+        for operand, (value, zero) in enumerate(zip(codes, zeros, strict=True)):
+            label, old = f"{value.name}/dequantized", node.inputs[operand]
+            result = builder.node("DequantizeLinear", [value, one, zero], label, before=node, like=old).outputs[0]
+            if operand:
+                factor = builder.scalar(scale, f"{node.name}/scale")
+                result = builder.node(
+                    "Mul", [result, factor], f"{node.name}{BOTH_SCALES}", before=node, like=old
+                ).outputs[0]
+            node.replace_input_with(operand, result)
 
 
 def may_saturate(codes: CodeArray, activation: ActivationQuant) -> bool:

@@ -10,6 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from passes.base import Builder, Role, constant_array, redirect, role_of, take_name
 from passes.insert_qdq import ROW, SCALED
+from passes.lower.ort_cpu import BOTH_SCALES
 
 _Doubles = np.ndarray[Any, np.dtype[np.float64]]
 _PRODUCT = "MatMulIntegerToFloat"
@@ -17,7 +18,10 @@ _PRODUCT = "MatMulIntegerToFloat"
 _MOVERS = ("Transpose", "Slice", "Concat", "Pad", "Reshape")
 #: Position of the zero_point of operand 0 and 1 of what reads codes.
 _ZERO_AT = {(_PRODUCT, 0): 4, (_PRODUCT, 1): 5, ("ConvInteger", 0): 2, ("DequantizeLinear", 0): 2}
-_TABLE = "dmqexport/uniform_table"
+#: Types of codes.
+_CODES = (np.dtype(np.uint8), np.dtype(np.int8))
+#: Packed tables of numbers, by their type.
+TABLE = "dmqexport/uniform_table"
 #: Name of the node that takes the first sample's row.
 FIRST_ROW = f"{ROW}/first"
 
@@ -39,8 +43,7 @@ class UniformRows(ir.passes.InPlacePass):
             if node.op_type == "QuantizeLinear":
                 work.quantizer(node)
         for node in list(model.graph):
-            if node.op_type == _PRODUCT:
-                work.product(node)
+            work.product(node)
         work.finish()
         if work.changed:
             model.graph.sort()
@@ -51,8 +54,8 @@ class UniformRows(ir.passes.InPlacePass):
 @dataclass(frozen=True, eq=False)
 class _Chain:
     """What precedes a QuantizeLinear. per_row: float64 [rows] s_ref / s_row; factors: what else `source` is multiplied
-    by, a vector over channels that no row changes; zero, top: int64 [rows], the codes of zero and of the upper end;
-    shifted: whether the operator's result is corrected for zero not being the offset.
+    by, a vector over channels that no row changes; zero, top: int64 [rows], the codes of zero and of the upper end,
+    counted from the lowest code; shifted: whether the operator's result is corrected for zero not being the offset.
     """
 
     source: ir.Value
@@ -77,12 +80,13 @@ class _Uniform:
     # Before the operator
 
     def quantizer(self, node: ir.Node) -> None:
-        """Give one QuantizeLinear of unsigned codes the row's scale and zero_point."""
+        """Give one QuantizeLinear of 8-bit codes the row's scale and zero_point."""
         scale, offset = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-        if scale is None or offset is None or offset.dtype != np.uint8 or scale.size != 1 or node.inputs[0] is None:
+        if scale is None or offset is None or offset.dtype not in _CODES or scale.size != 1 or node.inputs[0] is None:
             return
-        codes = node.outputs[0]
-        chain, readers = self._chain(node.inputs[0], float(scale), int(offset)), list(_readers(codes))
+        codes, kind = node.outputs[0], offset.dtype
+        lowest = int(np.iinfo(kind).min)
+        chain, readers = self._chain(node.inputs[0], float(scale), int(offset) - lowest), list(_readers(codes))
         if chain is None or any(
             (reader.op_type, at) not in _ZERO_AT and reader.op_type != "Pad" for reader, at in readers
         ):
@@ -95,17 +99,18 @@ class _Uniform:
         if chain.factors is not None:
             factors = builder.constant(chain.factors, f"{label}/factors")
             source = builder.node("Mul", [source, factors], f"{label}/balanced", before=node, like=source).outputs[0]
-        zero = self._number(chain.zero.astype(np.uint8), f"{label}/zero_point")
+        zero = self._number((chain.zero + lowest).astype(kind), f"{label}/zero_point")
         node.replace_input_with(0, source)
         node.replace_input_with(1, self._number((float(scale) / chain.per_row).astype(np.float32), f"{label}/scale"))
         node.replace_input_with(2, zero)
         if int(chain.top.min()) < np.iinfo(np.uint8).max:
-            top = self._number(chain.top.astype(np.uint8), f"{label}/top")
+            top = self._number((chain.top + lowest).astype(kind), f"{label}/top")
             clipped = builder.node("Min", [codes, top], f"{label}/clipped", after=node, like=codes)
             redirect(codes, clipped.outputs[0], [clipped])
         for reader, at in readers:
-            if reader.op_type == _PRODUCT and at == 0:
-                self._unshifted.add(reader.outputs[0])
+            product = _multiplied(reader)
+            if product is not None and at == 0:
+                self._unshifted.add(product.outputs[0])
             elif chain.shifted:
                 continue  # its correction stays, and takes the codes for what they were
             reader.replace_input_with(2 if reader.op_type == "Pad" else _ZERO_AT[reader.op_type, at], zero)
@@ -163,9 +168,13 @@ class _Uniform:
     # After the operator
 
     def product(self, node: ir.Node) -> None:
-        """Take multiplications by numbers of the row, a shift's correction and the bias into one product."""
-        scale = constant_array(node.inputs[2])
-        if scale is None or scale.size != 1:
+        """Take multiplications by numbers of the row, a shift's correction and the bias into one product.
+
+        Of an attention's product in float, which has no bias, into what scales its right operand.
+        """
+        holder, at = _scaled(node)
+        scale = None if holder is None else constant_array(holder.inputs[at])
+        if holder is None or scale is None or scale.size != 1:
             return
         base = node.outputs[0]
         reader = _only_reader(base)
@@ -179,7 +188,7 @@ class _Uniform:
             if reader.op_type == "Mul" and "/rescaled" in name and table is not None and not biased:
                 factor = factor * table
             elif reader.op_type != "Sub" or not name.endswith("/corrected") or node.outputs[0] not in self._unshifted:
-                bias = None if biased else _bias(reader, other, base is not node.outputs[0])
+                bias = None if biased or holder is not node else _bias(reader, other, base is not node.outputs[0])
                 last = last if bias is None else reader.outputs[0]
                 break
             last = reader.outputs[0]
@@ -187,7 +196,7 @@ class _Uniform:
             return
         self.changed = True
         values = (float(scale) * factor).astype(np.float32)
-        node.replace_input_with(2, self._number(values, f"{node.name}/scale", tolerance=1e-6))
+        holder.replace_input_with(at, self._number(values, f"{node.name}/scale", tolerance=1e-6))
         if bias is not None:
             node.resize_inputs(max(7, len(node.inputs)))
             node.replace_input_with(6, self._builder.constant(bias, f"{node.name}/bias"))
@@ -236,7 +245,7 @@ class _Uniform:
         redirect(row, first.outputs[0], [first])
         last = first
         for kind, numbers in sorted(self._numbers.items()):
-            label, dtype = f"{_TABLE}/{kind}", numbers[0][0].dtype
+            label, dtype = f"{TABLE}/{kind}", numbers[0][0].dtype
             table = builder.constant(np.stack([column for _, column in numbers], axis=1), label)
             gather = builder.node("Gather", [table, first.outputs[0]], f"{label}/row", after=last, dtype=dtype)
             flat = builder.node(
@@ -299,6 +308,22 @@ def _readers(codes: ir.Value) -> Iterable[tuple[ir.Node, int]]:
                         yield use.node, 2
             else:
                 yield use.node, use.idx
+
+
+def _multiplied(reader: ir.Node) -> ir.Node | None:
+    """The product that takes codes, or an attention's that takes what they were dequantized to; None for others."""
+    if reader.op_type == "DequantizeLinear":
+        product = _only_reader(reader.outputs[0])
+        return None if product is None or _scaled(product)[0] is None else product
+    return reader if reader.op_type == _PRODUCT else None
+
+
+def _scaled(product: ir.Node) -> tuple[ir.Node | None, int]:
+    """(node, position) of the scale of a product whose scale can be changed: its own, or its right operand's."""
+    if product.op_type == _PRODUCT:
+        return product, 2
+    maker = product.inputs[1].producer() if product.op_type == "MatMul" and product.inputs[1] is not None else None
+    return (maker, 1) if maker is not None and str(maker.name).endswith(BOTH_SCALES) else (None, 0)
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:

@@ -12,7 +12,7 @@ from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, 
 
 from dmqexport.quant_plan import QuantPlan, QuantWeights
 from passes.base import constant_array
-from passes.bind import graph_layers
+from passes.bind import graph_attentions, graph_layers
 from passes.lower.group_by_row import GROUPS, GroupByRow, layer_graph, looping
 from passes.lower.ort_cpu import FUSED_PRODUCT
 from passes.lower.portable import MakePortable
@@ -146,6 +146,29 @@ def test_weights_inside_become_portable_too(deep: Exported, tmp_path: Path) -> N
     constants = [constant_array(node.inputs[1]) for node in layer_graph(model) if node.op_type == FUSED_PRODUCT]
     assert any(weight is not None and weight.dtype == np.uint8 for weight in constants)
     assert run(model, arrays(2, 7))[0].shape[0] == 2
+
+
+@pytest.mark.parametrize("seed", [1, 2], ids=["attention of 8 bits", "attention of 5 bits"])
+def test_attention_multiplies_signed_codes_until_it_must_not(deep: Exported, tmp_path: Path, seed: int) -> None:
+    plan = draw(deep, tmp_path, seed, bits=(4, 4))
+    signed = canonical_graph(deep, plan, tmp_path / "codes")
+    lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=True)(signed)
+    GroupByRow()(signed)
+    assert right_operands(signed) == [ir.DataType.INT8] * 2 * len(plan.attentions)
+    MakePortable()(signed)
+    unsigned = lowered(deep, plan, tmp_path / "codes")
+    GroupByRow()(unsigned)
+    assert right_operands(signed) == right_operands(unsigned) == [ir.DataType.UINT8] * 2 * len(plan.attentions)
+    feeds = arrays(4, 7)
+    feeds["timestep"] = np.array([0, len(plan.row_map) - 1, 0, 3], dtype=feeds["timestep"].dtype)
+    np.testing.assert_array_equal(run(signed, feeds)[0], run(unsigned, feeds)[0])
+
+
+def right_operands(model: ir.Model) -> list[ir.DataType | None]:
+    """Types of the codes that attention products take second."""
+    pairs = graph_attentions(layer_graph(model)).values()
+    values = [node.inputs[1] for pair in pairs for node in (pair.query_key, pair.probability_value)]
+    return [None if value is None else value.dtype for value in values]
 
 
 def test_a_graph_without_a_table_has_no_loop(deep: Exported, tmp_path: Path) -> None:

@@ -74,9 +74,11 @@ def test_portable_weights_never_meet_the_saturating_kernel(deep: Exported, tmp_p
             assert node.inputs[1].dtype == ir.DataType.UINT8
 
 
-def test_a_graph_for_vnni_becomes_the_portable_one(deep: Exported, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [1, 2], ids=["attention of 8 bits", "attention of 5 bits"])
+def test_a_graph_for_vnni_becomes_the_portable_one(deep: Exported, tmp_path: Path, seed: int) -> None:
     """What a bundle keeps can be rebuilt for another CPU without the weights it was made from."""
-    plan = draw(deep, tmp_path, 2, bits=(8, 8))
+    plan = draw(deep, tmp_path, seed, bits=(8, 8))
+    assert plan.attentions
     lowering = lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=True)
 
     def twice(model: ir.Model) -> None:
@@ -86,6 +88,8 @@ def test_a_graph_for_vnni_becomes_the_portable_one(deep: Exported, tmp_path: Pat
         for node in model.graph:
             if node.op_type == FUSED_PRODUCT and (weight := constant_array(node.inputs[1])) is not None:
                 assert weight.dtype == np.uint8 or np.abs(weight.astype(np.int64)).max() <= 64
+            elif node.op_type == FUSED_PRODUCT and node.inputs[1] is not None:
+                assert node.inputs[1].dtype == ir.DataType.UINT8
 
     assert compare(deep, plan, tmp_path / "codes", twice) <= 1e-5
 

@@ -28,7 +28,9 @@ GRAPH = "model.onnx"
 ENGINE_GRAPH = "engine.onnx"
 #: Folder of built engines, in the denoiser's; a GPU host may add some, which no file vouches for.
 ENGINES = "engines"
-_MEASURED = (REPORT_JSON, REPORT_HTML, GRID)
+#: Inputs and answers that an engine's are compared with on the machine that runs it.
+ANSWERS = f"{OWN_FOLDER}/answers.npz"
+_MEASURED = (REPORT_JSON, REPORT_HTML, GRID, ANSWERS)
 _FIELDS: dict[str, type] = {
     "component": str,
     "files": dict,

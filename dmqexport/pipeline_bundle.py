@@ -11,12 +11,13 @@ from typing import Any
 import onnx_ir as ir
 
 import dmqexport
-from dmqexport.bundle import ENGINE_GRAPH, GRAPH, GRID, OWN_FOLDER, RECIPE, check_replaceable, write_manifest
+from dmqexport.bundle import ANSWERS, ENGINE_GRAPH, GRAPH, GRID, OWN_FOLDER, RECIPE, check_replaceable, write_manifest
 from dmqexport.models.quiet import quiet
 from dmqexport.onnx_export import OPSET
 from dmqexport.pipeline import Build, Stage, copy_graph
 from dmqexport.pipeline_report import ReportBuilder, environment
 from dmqexport.pipeline_unjudged import validation_of
+from dmqexport.pipeline_validate import KEPT_ANSWERS
 from dmqexport.report.html import write_report
 from dmqexport.report.pictures import picture_grid
 from dmqexport.target import Target
@@ -62,8 +63,11 @@ def run_build(build: Build) -> BuildResult:
         if pictures is not None:
             scale = max(1, _PICTURE_PIXELS // 4 // pictures.fp.shape[2])
             picture_grid(pictures, scale, labels=("FP32", build.plan.bits.upper())).save(folder / GRID)
-        if build.compiled.missing is not None:
-            _write_finish_script(build, folder)
+        if build.recipe.target in (Target.TRT, Target.TRT_RTX):
+            answers = validation.measured.path / KEPT_ANSWERS
+            if answers.is_file():  # a build whose statistics were drawn has none
+                shutil.copyfile(answers, folder / ANSWERS)
+            _write_finish_script(build, folder, ANSWERS if answers.is_file() else None)
         write_manifest(folder, _manifest(build, report))
     reporter.finished(Stage.BUNDLE, time.perf_counter() - start, False)
     failed = tuple(gate["name"] for gate in report.gates if gate["passed"] is False)
@@ -131,7 +135,7 @@ def engine_folder(build: Build) -> str:
     return f"{document['target']}-{document.get('arch', 'any')}-{document['version']}"
 
 
-def _write_finish_script(build: Build, folder: Path) -> None:
+def _write_finish_script(build: Build, folder: Path, answers: str | None) -> None:
     from engines.trt import TrtFlavor, write_finish_script
 
     component = build.model.family.component
@@ -144,6 +148,7 @@ def _write_finish_script(build: Build, folder: Path) -> None:
         expected=build.engine_types,
         engines_relpath=f"{component}/engines",
         options=build.build_options,
+        reference_relpath=answers,
     )
 
 

@@ -35,6 +35,9 @@ from passes.tap import TapOutputs, layer_outputs
 
 Array = np.ndarray[Any, Any]
 _EMOJI = "emoji"
+#: In the folder of `Validation.measured`, for targets whose engine another machine runs.
+KEPT_ANSWERS = "answers.npz"
+_KEPT_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Validation:
         """`metrics.json` and `images.npy`."""
         build, recipe = self.build, self.recipe
         key = {
-            "version": 3,
+            "version": 4,
             "passes": build.passed.fingerprint,
             "reference": self.referenced.fingerprint,
             "validation": recipe.model_dump(mode="json", exclude={"gates", "latency_batch", "latency_runs"}),
@@ -157,7 +160,7 @@ class Validation:
             _ = self.training_features  # a stage of its own, not inside this one's time
 
         def run(folder: Path) -> None:
-            eps = self._predicted_noise(reference.entries)
+            eps = self._predicted_noise(reference.entries, folder)
             layers = self._layers(reference.entries)
             images = self._images(reference)
             np.save(folder / "images.npy", images)
@@ -178,8 +181,11 @@ class Validation:
         loaded: Array = np.load(self.measured.path / "images.npy")
         return loaded
 
-    def _predicted_noise(self, entries: CalibrationSet) -> dict[str, Any]:
-        """SQNR of the deployed graph's output over all entries and by timestep, and its distance to canonical."""
+    def _predicted_noise(self, entries: CalibrationSet, folder: Path) -> dict[str, Any]:
+        """SQNR of the deployed graph's output over all entries and by timestep, and its distance to canonical.
+
+        A few answers stay in `folder` where a GPU host is to compare its engine's with them.
+        """
         # One after the other: three sessions at once hold a large model three times.
         expected = self._answers(lambda: OrtRunner(self.build.float_graph), entries, 0)
         exact = self._answers(
@@ -191,6 +197,12 @@ class Validation:
         all_noise = ((actual - expected).astype(np.float64) ** 2).sum(axis=axes)
         apart = actual - exact
         order = _mixed_order(entries)
+        if self.build.recipe.target in (Target.TRT, Target.TRT_RTX):
+            few = order[:_KEPT_SAMPLES]
+            inputs = {f"input:{name}": value for name, value in _arrays(entries, torch.from_numpy(few)).items()}
+            output = ir.load(self.build.deployed_graph).graph.outputs[0].name
+            answers = {f"float:{output}": expected[: len(few)], f"exact:{output}": exact[: len(few)]}
+            np.savez(folder / KEPT_ANSWERS, allow_pickle=False, **inputs, **answers)
         timesteps = entries.timesteps.numpy()[order]
         row_map = self.build.plan.row_map
         by_timestep = [

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmqexport.bundle import Bundle, open_bundle, read_json
+from dmqexport.bundle import ENGINES, Bundle, open_bundle, read_json
 from dmqexport.errors import BundleError, EngineError, ModelError
 from dmqexport.models.family import Family, bind_call, family_of, table_keys
 from dmqexport.target import Target, cpu_has_vnni
@@ -111,7 +111,9 @@ def load_denoiser(
 ) -> QuantizedDenoiser:
     """Open a bundle's denoiser: for OpenVINO if that is its target, else for ONNX Runtime on CPU.
 
-    rebuild: a bundle that does not fit this machine is built anew, in place, from the graph that it keeps.
+    A TensorRT bundle runs its engine where a GPU is and the engine was built for it, else its graph on the CPU, slowly;
+    a warning says so. rebuild: a bundle that does not fit this machine is built anew, in place, from the graph that it
+    keeps.
 
     Raises BundleError when the bundle is broken or does not fit this machine, BackendMissingError when its runtime is
     not installed.
@@ -129,11 +131,31 @@ def load_denoiser(
     config = read_json(opened.path / opened.component / "config.json")
     size = opened.manifest["sampling"].get("latent_size")
     family = family_of(str(opened.manifest["model"]["family"]), config, tuple(size) if size else None)
-    return QuantizedDenoiser(open_runner(opened, threads), family, config, int(opened.manifest["num_timesteps"]))
+    runner = _on_gpu(opened) or open_runner(opened, threads)
+    return QuantizedDenoiser(runner, family, config, int(opened.manifest["num_timesteps"]))
+
+
+def _on_gpu(bundle: Bundle) -> Runner | None:
+    """The TensorRT engine, ready to run; None for other targets, and where it cannot run here."""
+    if bundle.manifest["target"] not in (Target.TRT, Target.TRT_RTX):
+        return None
+    from engines.trt import FINISH_SCRIPT, TrtFlavor, TrtRunner, find_engine, gpu_present
+
+    flavor = TrtFlavor(bundle.manifest["target"])
+    if not gpu_present():
+        logger.warning("%s: no NVIDIA GPU here; the graph that its engine is built from runs on the CPU", bundle.path)
+        return None
+    engine = find_engine(bundle.path / bundle.component / ENGINES, flavor)
+    if engine is None:
+        raise BundleError(
+            f"{bundle.path} has no {flavor.module} engine for this machine",
+            hint=f"python {bundle.path / FINISH_SCRIPT} builds it here; it needs pip install {flavor.package}",
+        )
+    return TrtRunner(engine, flavor)
 
 
 def open_runner(bundle: Bundle, threads: int | None = None) -> Runner:
-    """What is deployed, in its runtime; raises BundleError when it is damaged, naming what differs."""
+    """What is deployed, on the CPU or OpenVINO's device; raises BundleError when it is damaged, naming what differs."""
     runtime = "openvino" if bundle.manifest["target"] == Target.OPENVINO else "onnxruntime"
     try:
         if bundle.engine_folder is not None and runtime == "openvino":

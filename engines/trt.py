@@ -16,8 +16,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dmqexport.errors import BackendMissingError, EngineError, ResourceError
-from engines import trt_layers, trt_standalone
+from engines import trt_layers, trt_run, trt_standalone
+from engines.runner import Arrays
 from engines.trt_layers import EngineLayer
 from engines.trt_standalone import BuildError
 
@@ -140,12 +143,12 @@ def flavor_version(flavor: TrtFlavor) -> str | None:
 
 def gpu_architecture() -> str | None:
     """The first GPU's architecture, "sm89", or None where the driver or a GPU is missing."""
-    return trt_standalone.gpu_arch()
+    return trt_run.gpu_arch()
 
 
 def gpu_present() -> bool:
     """Whether the NVIDIA driver is here and sees a GPU."""
-    return trt_standalone.gpu_arch() is not None
+    return trt_run.gpu_arch() is not None
 
 
 def build_engine(
@@ -204,6 +207,48 @@ def build_engine(
     )
 
 
+def find_engine(engines: Path, flavor: TrtFlavor) -> Path | None:
+    """The engine below `engines` that this machine's GPU and installed version run; None where there is none."""
+    version, arch = flavor_version(flavor), gpu_architecture()
+    for fit in (arch, "any"):
+        engine = engines / f"{flavor.value}-{fit}-{version}" / "engine.plan"
+        if None not in (version, arch) and engine.is_file():
+            return engine
+    return None
+
+
+class TrtRunner:
+    """A built engine as a `Runner`: it runs on the first GPU, arrays come from and go to the host."""
+
+    def __init__(self, engine: Path, flavor: TrtFlavor) -> None:
+        """Raises EngineError when the engine cannot be loaded here, or there is no GPU."""
+        try:
+            self._runner = trt_run.EngineRunner(flavor.module, engine)
+        except trt_run.RunError as error:
+            raise EngineError(
+                str(error), hint="dmqexport inspect --rebuild builds the engine for this machine"
+            ) from error
+        except OSError as error:
+            raise EngineError(f"{engine} cannot be read: {error}") from error
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs."""
+        return self._runner.input_names
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return self._runner.output_names
+
+    def run(self, inputs: Arrays, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
+        """Execute once; returns `outputs` (default: all) by name. Raises EngineError."""
+        try:
+            return self._runner.run(inputs, outputs)
+        except trt_run.RunError as error:
+            raise EngineError(str(error)) from error
+
+
 def write_finish_script(
     bundle: Path,
     onnx_relpath: str,
@@ -213,16 +258,19 @@ def write_finish_script(
     expected: Mapping[str, tuple[str, Sequence[str | Sequence[str]]]],
     engines_relpath: str = "engines",
     options: BuildOptions | None = None,
+    reference_relpath: str | None = None,
 ) -> FinishScript:
     """Write `finish_on_gpu.py` into `bundle`, for a machine with the GPU and the vendor's package and nothing else.
 
     It builds `onnx_relpath` (relative to the bundle) with the settings of `build_engine`, proves every layer of
-    `expected` (see `engines.precision.prove_types`) by the engine inspector, and writes
-    "<engines_relpath>/<flavor>-<arch>-<version>/engine.plan". Both relative paths use "/".
+    `expected` (see `engines.precision.prove_types`) by the engine inspector, writes
+    "<engines_relpath>/<flavor>-<arch>-<version>/engine.plan" unless one for the machine is there, compares its answers
+    with those in `reference_relpath` (see `engines.trt_run.judge`; None: nothing to compare with), and times it. All
+    relative paths use "/".
 
     Raises EngineError for a path that leaves the bundle.
     """
-    for relative in (onnx_relpath, engines_relpath):
+    for relative in (onnx_relpath, engines_relpath, reference_relpath or "."):
         if Path(relative).is_absolute() or ".." in Path(relative).parts:
             raise EngineError(f"{relative!r} leaves the bundle", hint="give paths relative to the bundle's folder")
     request = {
@@ -231,6 +279,7 @@ def write_finish_script(
         "target": flavor.value,
         "onnx": onnx_relpath,
         "engines": engines_relpath,
+        "reference": reference_relpath,
         "profiles": _profiles_json(profiles),
         **(options or BuildOptions()).to_json(),
         "timing_cache": "timing.cache" if options is not None and options.timing_cache is not None else None,
@@ -252,7 +301,7 @@ def write_finish_script(
 def _one_file() -> str:
     """The source of `trt_standalone`, with that of our modules in the place of their imports: a script of its own."""
     source = Path(trt_standalone.__file__).read_text(encoding="utf-8")
-    for module in (trt_layers,):
+    for module in (trt_layers, trt_run):
         future = "from __future__ import annotations\n"
         body = Path(str(module.__file__)).read_text(encoding="utf-8").partition(future)[2]
         found = re.findall(rf"^from {re.escape(module.__name__)} import .*\n", source, re.MULTILINE)

@@ -1,10 +1,10 @@
 # ruff: noqa: T201 - this file is also a script that runs where dmqexport is not installed; there, print is its output
-"""Build a TensorRT engine and prove that its quantized layers multiply int8 by int8. Standard library only.
+"""Build a TensorRT engine, prove that its quantized layers multiply int8 by int8, run it. Standard library only.
 
 This one file runs in three places, so that they cannot differ: as the child process of `engines.trt` (a builder may
 crash, and must not take the caller along), inside a bundle as `finish_on_gpu.py` (on a machine that has TensorRT and a
-GPU but no dmqexport), and imported, for its pure functions. It needs Python 3.9 and, to build, `tensorrt` 10 or later
-or `tensorrt_rtx`.
+GPU but no dmqexport), and imported, for its pure functions. It needs Python 3.9, `tensorrt` 10 or later or
+`tensorrt_rtx` to build, and numpy to run.
 
 Sources: https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html (explicit
 quantization), .../performance/best-practices.html ("Layers:" listing and engine inspector).
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import faulthandler
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engines.trt_layers import EngineLayer, describe, examine, layer_from_json, parse_inspector, parse_layers
+from engines.trt_run import EngineRunner, RunError, bench, gpu_arch, judge
 
-EXIT_FAILED, EXIT_RESOURCE, EXIT_BACKEND = 1, 5, 7
+EXIT_FAILED, EXIT_GATE, EXIT_RESOURCE, EXIT_BACKEND = 1, 3, 5, 7
 LOG_TAIL_LINES = 12
 POLL_SECONDS = 0.1
 
@@ -43,7 +44,8 @@ _PYTHON = (sys.executable, "-P") if sys.version_info >= (3, 11) else (sys.execut
 class BuildError(Exception):
     """A build or proof that ended without a usable engine; `kind` says which way.
 
-    Kinds: "backend" (vendor or GPU missing), "parse", "profile", "build", "proof", "crash", "timeout", "memory", "io".
+    Kinds: "backend" (vendor or GPU missing), "parse", "profile", "option", "build", "proof", "crash", "timeout",
+    "memory", "io"; and of a built engine "run" and "gate" (it errs more than it may).
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -201,16 +203,43 @@ def _status_bytes(pid: int, key: str) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def run_here(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Judge the built engine against what the bundle kept, and time it, in this process. Raises BuildError.
+
+    Request keys: "module", "engine", "reference" (path of an .npz, see `judge`, or None), "tolerance_db", "runs".
+    """
+    if importlib.util.find_spec("numpy") is None:
+        raise BuildError("backend", "numpy is not installed: pip install numpy, or build alone with --no-run")
+    try:
+        runner = EngineRunner(str(request["module"]), Path(request["engine"]))
+        judged = None
+        if request.get("reference") is not None:
+            judged = judge(runner, Path(request["reference"]), float(request["tolerance_db"]))
+        return {
+            "gpu": runner.gpu.name,
+            "memory_bytes": runner.memory_bytes,
+            "judged": judged,
+            "latency": bench(runner, int(request["runs"])),
+        }
+    except RunError as error:
+        raise BuildError("run", str(error)) from error
+    except OSError as error:
+        raise BuildError("io", f"{request['engine']} cannot be read: {error}") from error
+
+
 # --- the child process ------------------------------------------------------------------------------------------------
 
 
 def build_in_child(
     request: Mapping[str, Any], log: Path, *, timeout_s: float | None = None, max_ram_bytes: int | None = None
 ) -> dict[str, Any]:
-    """Run `build_here(request)` in a child process, its output in `log`, and return its result.
+    """Run `build_here(request)`, or `run_here` for an "action" of "run", in a child process, and return its result.
 
-    Raises BuildError, also where the child crashes, exceeds `timeout_s` or holds more than `max_ram_bytes` (watched
-    on Linux only); the last log lines are in the message.
+    Its output goes to `log`. Raises BuildError, also where the child crashes, exceeds `timeout_s` or holds more than
+    `max_ram_bytes` (watched on Linux only); the last log lines are in the message.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="trt-build-") as folder:
@@ -273,35 +302,13 @@ def _tail(log: Path) -> str:
 def _child_main(order: str, answer: str) -> NoReturn:
     faulthandler.enable()  # where it crashed, in the log
     try:
-        result = build_here(json.loads(Path(order).read_text()))
+        request = json.loads(Path(order).read_text())
+        result = run_here(request) if request.get("action") == "run" else build_here(request)
     except BuildError as failure:
         result = {"failure": failure.kind, "message": failure.message}
     Path(answer).write_text(json.dumps(result))
     sys.stderr.flush()
     os._exit(0)  # all is on disk: a vendor library that crashes while it unloads must not spoil it
-
-
-# --- the GPU ----------------------------------------------------------------------------------------------------------
-
-
-def gpu_arch() -> str | None:
-    """Return the first GPU's architecture, "sm89", or None where the NVIDIA driver or a GPU is missing."""
-    driver = None
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        with contextlib.suppress(OSError):
-            driver = ctypes.CDLL(name)
-            break
-    if driver is None or driver.cuInit(0) != 0:
-        return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
-        return None
-    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75, _MINOR = 76 (cuda.h)
-    if driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device) != 0:
-        return None
-    if driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device) != 0:
-        return None
-    return f"sm{major.value}{minor.value}"
 
 
 # --- the script in a bundle -------------------------------------------------------------------------------------------
@@ -310,11 +317,12 @@ def gpu_arch() -> str | None:
 BUNDLE_REQUEST = ""
 
 
-def finish(bundle: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the bundle's engine for this machine's GPU, prove it, put it in place; return the written record.
+def finish(bundle: Path, request: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Build the bundle's engine for this machine's GPU, prove it, put it in place, run it; return the record.
 
     The engine goes to "<engines>/<target>-<arch>-<version>/engine.plan" under the bundle, and only once every expected
-    layer is proven; build.log and result.json lie beside it. Raises BuildError.
+    layer is proven; build.log and result.json lie beside it. One that is there already is taken. What running it
+    measured is in run.json, also where the engine fails its gate. Raises BuildError.
     """
     arch = gpu_arch()
     if arch is None:
@@ -322,9 +330,40 @@ def finish(bundle: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     version = vendor_version(str(request["module"]))
     if version is None:
         raise BuildError("backend", f"{request['module']} cannot be imported: pip install {request['package']}")
-    folder = bundle / str(request["engines"]) / f"{request['target']}-{arch}-{version}"
+    engines = bundle / str(request["engines"])
+    folders = [engines / f"{request['target']}-{fit}-{version}" for fit in (arch, "any")]
+    found = [folder for folder in folders if (folder / "engine.plan").is_file()]
+    reused = bool(found) and not options.rebuild
+    folder = found[0] if reused else folders[0]
+    built = None if reused else _build_and_prove(bundle, folder, arch, request)
     engine = folder / "engine.plan"
-    unproven = folder / "engine.plan.unproven"
+    record: dict[str, Any] = {"engine": str(engine.relative_to(bundle)), "built": built, "run": None}
+    if options.no_run:
+        return record
+    reference = request.get("reference")
+    order = {
+        "action": "run",
+        "module": request["module"],
+        "engine": str(engine),
+        "reference": None if reference is None else str(bundle / reference),
+        "tolerance_db": options.tolerance_db,
+        "runs": options.runs,
+    }
+    record["run"] = build_in_child(order, folder / "run.log")
+    (folder / "run.json").write_text(json.dumps(record["run"], indent=1) + "\n")
+    judged = record["run"]["judged"]
+    if judged is not None and not judged["passed"]:
+        raise BuildError(
+            "gate",
+            f"the engine's answers are {judged['sqnr_db']:.1f} dB from the float model's, those of the exact graph "
+            f"{judged['exact_sqnr_db']:.1f} dB, over the same {judged['samples']} samples; up to "
+            f"{judged['tolerance_db']:g} dB less is allowed (--tolerance-db)",
+        )
+    return record
+
+
+def _build_and_prove(bundle: Path, folder: Path, arch: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    engine, unproven = folder / "engine.plan", folder / "engine.plan.unproven"
     build = {**request, "onnx": str(bundle / str(request["onnx"])), "engine": str(unproven), "inspect": True}
     try:
         result = build_in_child(build, folder / "build.log")
@@ -366,25 +405,69 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) == 3 and arguments[0] == "--child":
         _child_main(arguments[1], arguments[2])
     parser = argparse.ArgumentParser(
-        description="Build this bundle's TensorRT engine here and prove that its quantized layers run in int8.",
-        epilog="exit status: 0 built and proven, 1 build or proof failed, 5 resource limit, 7 TensorRT or GPU missing",
+        description="Build this bundle's TensorRT engine here, prove that its quantized layers run in int8, compare "
+        "its answers with those that the build kept, and time it.",
+        epilog="exit status: 0 all well, 1 build, proof or run failed, 3 the engine errs more than it may, "
+        "5 resource limit, 7 TensorRT, numpy or GPU missing",
     )
     parser.add_argument("--bundle", type=Path, default=Path(__file__).resolve().parent, help="default: this folder")
+    parser.add_argument("--rebuild", action="store_true", help="build even where an engine for this machine is there")
+    parser.add_argument("--no-run", action="store_true", help="build and prove only")
+    parser.add_argument("--runs", type=_positive, default=50, help="timed executions a batch size (default: 50)")
+    parser.add_argument(
+        "--tolerance-db",
+        type=float,
+        default=1.0,
+        help="how much less SQNR against the float model the engine may have than the exact graph (default: 1)",
+    )
     options = parser.parse_args(arguments)
     if not BUNDLE_REQUEST:
         parser.error("this copy was not written into a bundle; use `dmqexport compile`")
     request = json.loads(BUNDLE_REQUEST)
+    codes = {"backend": EXIT_BACKEND, "io": EXIT_RESOURCE, "memory": EXIT_RESOURCE, "gate": EXIT_GATE}
     try:
-        record = finish(options.bundle.resolve(), request)
+        record = finish(options.bundle.resolve(), request, options)
     except BuildError as failure:
         print(f"failed ({failure.kind}): {failure.message}", file=sys.stderr)
-        return {"backend": EXIT_BACKEND, "io": EXIT_RESOURCE, "memory": EXIT_RESOURCE}.get(failure.kind, EXIT_FAILED)
-    print(
-        f"{record['engine']}: {record['size_bytes']} bytes in {record['seconds']:.1f} s, {record['module']} "
-        f"{record['version']} on {record['arch']}; quantized operators by engine {record['layers_from']}: "
-        + ", ".join(f"{count} take {types}" for types, count in sorted(record["products"].items()))
-    )
+        return codes.get(failure.kind, EXIT_FAILED)
+    for line in _told(record):
+        print(line)
     return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive count")
+    return value
+
+
+def _told(record: Mapping[str, Any]) -> Iterator[str]:
+    built, run = record["built"], record["run"]
+    if built is None:
+        yield f"{record['engine']}: was there already (--rebuild builds it anew)"
+    else:
+        yield (
+            f"{built['engine']}: {built['size_bytes']} bytes in {built['seconds']:.1f} s, {built['module']} "
+            f"{built['version']} on {built['arch']}; quantized operators by engine {built['layers_from']}: "
+            + ", ".join(f"{count} take {types}" for types, count in sorted(built["products"].items()))
+        )
+    if run is None:
+        return
+    judged = run["judged"]
+    if judged is None:
+        yield "answers: not judged, since the build drew its statistics and kept no answers"
+    else:
+        yield (
+            f"answers: {judged['sqnr_db']:.1f} dB from the float model's, the exact graph's "
+            f"{judged['exact_sqnr_db']:.1f} dB; {judged['distance_db']:.1f} dB from each other ({judged['samples']} "
+            "samples)"
+        )
+    for row in run["latency"]:
+        yield (
+            f"batch {row['batch']}: {row['median_ms']:.3f} ms (90 % within {row['p90_ms']:.3f}), "
+            f"{row['samples_per_second']:.0f} samples a second on {run['gpu']}"
+        )
 
 
 if __name__ == "__main__":

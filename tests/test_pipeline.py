@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmqexport.bundle import open_bundle
+from dmqexport.bundle import ANSWERS, open_bundle
 from dmqexport.models.loading import load_model
 from dmqexport.pipeline import Build, Stage
 from dmqexport.recipe import load_recipe
@@ -32,6 +32,7 @@ from tests.models.tiny_pipelines import copy, unconditional_unet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_torch_thread")]
 
+PRETENDED_GPU = Path(__file__).parent / "engines" / "pretend_gpu"
 STAGES = ("trajectories", "statistics", "plan", "export", "passes", "reference", "validate")
 
 
@@ -138,8 +139,13 @@ def test_rtx_engine_is_built_and_proven(plain_bundle: Built, tmp_path: Path) -> 
     proof = report(tmp_path / "rtx")["engine"]
     assert proof["layers_proven"] == proof["layers_planned"] > 10
     assert "layers proven int8" in answer.out
-    assert not (tmp_path / "rtx" / "finish_on_gpu.py").exists()
-    session(tmp_path / "rtx")
+    assert (tmp_path / "rtx" / "finish_on_gpu.py").is_file(), "runs, judges and times the engine where a GPU is"
+    with np.load(tmp_path / "rtx" / ANSWERS, allow_pickle=False) as kept:
+        inputs = {name.removeprefix("input:"): kept[name] for name in kept.files if name.startswith("input:")}
+        (given,) = session(tmp_path / "rtx").run(None, inputs)
+        exact, target = (kept[f"{kind}:out_sample"] for kind in ("exact", "float"))
+    assert len(given) == 8, "all that such a short validation has"
+    assert ((given - exact) ** 2).sum() < 0.1 * ((exact - target) ** 2).sum()
 
 
 @pytest.mark.skipif(flavor_version(TrtFlavor.TRT) is not None, reason="TensorRT is installed")
@@ -155,11 +161,42 @@ def test_without_tensorrt_the_bundle_finishes_on_another_host(plain_bundle: Buil
         [sys.executable, tmp_path / "trt" / "finish_on_gpu.py", "--help"], capture_output=True, text=True, check=False
     )
     assert helped.returncode == 0, helped.stderr
+    _finish_on_pretended_gpu(tmp_path / "trt")
     compiled = build(
         plain_bundle.model, tmp_path / "x", plain_bundle.work, "--bits", "w8a8", "--target", "trt", verb="compile"
     )
     assert compiled.code == 7
     assert not (tmp_path / "x").exists()
+
+
+def _finish_on_pretended_gpu(bundle: Path) -> None:
+    """The script judges the graph, as an engine, by the answers in the bundle; diffusers then draws with it."""
+    engine = bundle / "unet" / "engines" / "trt-sm89-10.99.1" / "engine.plan"
+    engine.parent.mkdir(parents=True)
+    profiles = {"sample": [(1, 3, 8, 8), (2, 3, 8, 8), (8, 3, 8, 8)], "timestep": [(1,), (2,), (8,)]}
+    ranges = {name: dict(zip(("min", "opt", "max"), shapes, strict=True)) for name, shapes in profiles.items()}
+    engine.write_text(json.dumps({"onnx": str(bundle / "unet" / "model.onnx"), "profiles": ranges}))
+    pretended = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PRETENDED_GPU), os.environ.get("PYTHONPATH", "")])}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=pretended)
+
+    done = run(str(bundle / "finish_on_gpu.py"), "--runs", "2")
+    assert done.returncode == 0, done.stderr
+    assert "(8 samples)" in done.stdout, "all that such a short validation has"
+    code = (
+        "import sys, torch\n"
+        "from dmqexport.runtime import load_denoiser\n"
+        "denoiser = load_denoiser(sys.argv[1])\n"
+        "answer = denoiser(torch.zeros(2, 3, 8, 8), 5).sample\n"
+        "print(type(denoiser.runner).__name__, tuple(answer.shape))"
+    )
+    drawn = run("-c", code, str(bundle))
+    assert drawn.stdout.splitlines()[-1:] == ["TrtRunner (2, 3, 8, 8)"], drawn.stderr
+    engine.unlink()
+    without = run("-c", code, str(bundle))
+    assert "no tensorrt engine for this machine" in without.stderr
 
 
 # Variants

@@ -55,7 +55,8 @@ IMPORT_RULES = (
     ImportRule("passes passes.*", f"onnx_ir numpy ml_dtypes passes.* {CONTRACTS}"),
     # They also run, as one file, where nothing of dmqexport is installed.
     ImportRule("engines.trt_layers", ""),
-    ImportRule("engines.trt_standalone", "engines.trt_layers", in_functions="tensorrt tensorrt_rtx"),
+    ImportRule("engines.trt_run", "", in_functions="numpy tensorrt tensorrt_rtx"),
+    ImportRule("engines.trt_standalone", "engines.trt_layers engines.trt_run", in_functions="tensorrt tensorrt_rtx"),
     ImportRule("engines engines.*", f"numpy engines engines.* {CONTRACTS}", in_functions=ENGINE_VENDORS),
     # The one bridge between torch and ONNX.
     ImportRule("dmqexport.onnx_export", f"torch onnx onnx_ir onnxscript numpy passes.base {CONTRACTS}"),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dmqexport.errors import BackendMissingError, EngineError, ResourceError
-from engines import trt, trt_standalone
+from engines import trt, trt_run, trt_standalone
 from engines.precision import prove_int8, read_build_log
 from engines.trt import (
     BuildOptions,
@@ -153,7 +153,7 @@ def test_a_missing_backend_is_said_so(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(BackendMissingError, match=r"needs the Python package tensorrt, .*\n.*finish_on_gpu.py"):
         _build(graph, tmp_path, flavor=TrtFlavor.TRT)
     monkeypatch.setattr(trt.importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setattr(trt_standalone, "gpu_arch", lambda: None)
+    monkeypatch.setattr(trt_run, "gpu_arch", lambda: None)
     assert not trt.gpu_present()
     with pytest.raises(BackendMissingError, match="only where an NVIDIA GPU is"):
         _build(graph, tmp_path, flavor=TrtFlavor.TRT)
@@ -198,7 +198,7 @@ def _finish(tmp_path: Path, expected: dict[str, tuple[str, ...]]) -> subprocess.
         "runpy.run_path(sys.argv.pop(), run_name='__main__')\n"
     )
     return subprocess.run(
-        [sys.executable, "-P", "-c", with_gpu, str(script.path)],
+        [sys.executable, "-P", "-c", with_gpu, "--no-run", str(script.path)],
         capture_output=True,
         text=True,
         cwd="/",

@@ -50,7 +50,7 @@ STAGE_VERSIONS = {
     "sampler": 1,
     "export": 2,
     "tuning": 2,
-    "passes": 5,
+    "passes": 6,
     "compile": 1,
     "reference": 1,
     "features": 1,

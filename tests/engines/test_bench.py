@@ -1,6 +1,8 @@
 """Timing, profiles and memory, on graphs small enough to count by hand."""
 
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx_ir as ir
@@ -119,9 +121,36 @@ def test_the_chart_draws_every_bar_and_escapes_names() -> None:
         "runtimes": [{"runtime": "onnxruntime", "precision": "bf16", "median_ms": 4.0}],
         "mixed": {"rows": 2, "fp32_ms": 4.0, "quantized_ms": 3.0},
         "trajectory": {"steps": 3, "pictures": 1.0, "fp32_ms": 12.0, "quantized_ms": 6.0},
+        "peaks": None, "operators": {"fp32": [], "quantized": []},
     }  # fmt: skip
     drawn = bench_svg(document)
     assert "a&lt;b" in drawn
     assert "a<b" not in drawn
     assert drawn.count("<rect") == 1 + 1 + 2 + 2 + 2
     assert drawn.count(_QUANTIZED) == 3, "float in half precision is not quantized"
+    ElementTree.fromstring(drawn)
+
+    product = {
+        "op": "MatMul",
+        "shapes": ((8, 64), (64, 32)),
+        "count": 3,
+        "ms": 2.0,
+        "bound": "arithmetic",
+        "of_peak": 0.25,
+    }
+    cached = {**product, "op": "Add", "ms": 1.0, "bound": "traffic", "of_peak": 1.5}
+    unplaced = {key: product[key] for key in ("op", "shapes", "count", "ms")}
+    document["operators"] = {"fp32": [unplaced], "quantized": [product, cached]}
+    document["peaks"] = {"gflops": 100.0, "int8_gops": 400.0, "gbytes": 20.0}
+    roofline = bench_svg(document)
+    ElementTree.fromstring(roofline)
+    assert "3 MatMul [8,64] × [64,32]" in roofline
+    assert "2 ms, 25% of arithmetic" in roofline
+    assert "1 ms, 150% of traffic" in roofline
+    operators = roofline.split("Operators,")[1]
+    bar = rf'width="([0-9.]+)" height="14" fill="{_QUANTIZED}"'
+    solid, pale = (re.search(bar + end, operators) for end in ("/>", " fill-opacity"))
+    assert solid is not None
+    assert pale is not None
+    assert float(solid[1]) == pytest.approx(float(pale[1]) / 3, rel=0.01), "a quarter of the time is what it would take"
+    assert roofline.count("fill-opacity") == 1, "what is faster than memory, or was not placed, has nothing beyond"

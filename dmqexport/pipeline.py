@@ -233,6 +233,13 @@ class Build(SamplerTraining):
         return self.passed.path / GRAPH
 
     @property
+    def session_config(self) -> dict[str, str]:
+        """Options without which ONNX Runtime does not load the deployed graph: of FP8 codes and a MatMul it would make
+        an integer product.
+        """
+        return {"session.disable_quant_qdq": "1"} if self.recipe.lowering.precision == "fp8" else {}
+
+    @property
     def engine_graph(self) -> Path:
         """What TensorRT builds from: the deployed graph, or one that only it runs."""
         own = self.passed.path / ENGINE_GRAPH

@@ -197,7 +197,7 @@ def _manifest(build: Build, report: ReportBuilder) -> dict[str, Any]:
         "inputs": [_signature(value) for value in graph.inputs],
         "outputs": [value.name for value in graph.outputs],
         "kernels": _kernels(build),
-        "session": {"config": {}, "cpu_features": ["vnni"] if build.vnni else []},
+        "session": {"config": build.session_config, "cpu_features": ["vnni"] if build.vnni else []},
         "sampling": {
             "steps": build.steps,
             "guidance": build.guidance,

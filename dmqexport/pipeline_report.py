@@ -222,7 +222,7 @@ class ReportBuilder:
                     "op": info.op.value if info is not None else "attention" if "attention" in reason else "other",
                     "nominal_bits": {"weight": None, "activation": None},
                     "storage_bits": {"weight": 32 if info is not None else None, "activation": None},
-                    "compute": "float32",
+                    "compute": self._float_type,
                     "sqnr_db": None,
                     "sqnr_by_row": [None] * plan.rows,
                     "parameters": info.parameters if info is not None else 0,
@@ -315,6 +315,7 @@ class ReportBuilder:
             self.build.deployed_graph,
             inputs,
             max_mean_relative_error=_MAX_MEAN_RELATIVE_ERROR,
+            config=self.build.session_config,
         )
 
     @cached_property
@@ -354,7 +355,9 @@ class ReportBuilder:
                 else "switched off"
             )
         if target in (Target.TRT, Target.TRT_RTX):
-            notes["latency"] = "engines run on a GPU; metrics are of the graph the engine is built from, run on the CPU"
+            built = self.build.engine_graph == self.build.deployed_graph
+            graph = "the graph the engine is built from" if built else f"the engine's graph before {self._float_type}"
+            notes["latency"] = f"engines run on a GPU; metrics are of {graph}, run on the CPU"
         elif target is Target.ONNX:
             notes["latency"] = "the canonical graph states the integers; it is not meant to be fast"
         return notes

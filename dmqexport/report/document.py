@@ -120,8 +120,9 @@ class Layer(_Part):
 
     @property
     def in_float(self) -> bool:
-        """Whether the kernel of this layer multiplies floating-point numbers."""
-        return self.compute.lower().startswith(("float", "bfloat", "fp", "bf"))
+        """Whether the kernel of this layer multiplies floating-point numbers; FP8 ones are the plan's codes."""
+        kind = self.compute.lower()
+        return kind.startswith(("float", "bfloat", "fp", "bf")) and not kind.startswith("fp8")
 
 
 class Row(_Part):

@@ -1,5 +1,6 @@
 """Choose the kernels of one model's layers by what this machine measures, each kind of layer once."""
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from dmqexport.errors import RecipeError
 from dmqexport.onnx_export import save_model
 from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights
 from dmqexport.tuning import Kernel, Timings, cpu_model, load_cache, read_timings, store_cache
@@ -17,6 +19,8 @@ from engines import ort
 from engines.ort_profile import by_layer, profile_nodes
 from passes.bind import bind
 from passes.pipelines import group_by_row, lower_ort_cpu
+
+logger = logging.getLogger(__name__)
 
 #: Values of `lowering.tune` that are no file.
 OFF, HOST = "off", "host"
@@ -52,7 +56,7 @@ def tune(
     mode: HOST measures what is not known of this machine yet, and keeps it for the next build; else the path of a file
     of timings. Returns a document with `kernels`: layer or attention → kernel, signature and milliseconds of every one.
 
-    Raises RecipeError for a file that holds no timings.
+    Raises RecipeError for a file that holds no timings, or none of this plan's layers under these circumstances.
     """
     signatures = layer_signatures(ir.load(canonical), plan, machine.circumstances)
     if mode == HOST:
@@ -64,7 +68,27 @@ def tune(
             store_cache(timings)
     else:
         timings = read_timings(Path(mode))
+        _check_told(mode, timings, set(signatures.values()), machine)
     return _document(timings, signatures)
+
+
+def _check_told(path: str, timings: Timings, wanted: set[str], machine: Machine) -> None:
+    """A file that says nothing of this plan is an error; one of another machine, or of some layers alone, a warning."""
+    unknown = wanted - timings.times.keys()
+    if wanted and unknown == wanted:
+        raise RecipeError(
+            f"lowering.tune={path}: has times of {len(timings.times)} kinds of layers, none of them one of the "
+            f"{len(wanted)} of this plan at {machine.circumstances}",
+            hint="times are of the bits, shapes, batch (validation.latency_batch), threads and kind of integers that "
+            "they were measured with; lowering.tune=host measures here",
+        )
+    if unknown:
+        logger.warning("%s knows %d of %d kinds of layers: the others take the integer product", path,
+                       len(wanted) - len(unknown), len(wanted))  # fmt: skip
+    here = (cpu_model(), str(ort.version()))
+    if (timings.cpu, timings.runtime) != here:
+        logger.warning("%s is of %s, onnxruntime %s: what is fastest there may not be on %s, onnxruntime %s", path,
+                       timings.cpu, timings.runtime, *here)  # fmt: skip
 
 
 def _document(timings: Timings, signatures: Mapping[str, str]) -> dict[str, Any]:

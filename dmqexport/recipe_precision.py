@@ -17,6 +17,11 @@ def check_precision(lowering: LoweringRecipe, widths: BitWidths, target: Target,
 
     widths: of the plan, averages where it is `mixed`.
     """
+    if lowering.tune != _DEFAULT.tune and target is not Target.ORT_CPU:
+        raise RecipeError(
+            f"lowering.tune {lowering.tune!r} chooses kernels of ONNX Runtime, the target is {target.value}",
+            hint=f"--target {Target.ORT_CPU.value}, or leave it out",
+        )
     if target not in (Target.TRT, Target.TRT_RTX):
         other = [key for key in _TENSORRT if getattr(lowering, key) != getattr(_DEFAULT, key)]
         if other:

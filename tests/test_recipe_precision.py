@@ -49,6 +49,13 @@ def test_other_targets_have_no_such_choice(key: str) -> None:
         recipe(key, target="ort-cpu")
 
 
+@pytest.mark.parametrize("target", ["onnx", "openvino", "trt-rtx"])
+def test_kernels_are_chosen_for_one_runtime(target: str) -> None:
+    with pytest.raises(RecipeError, match=f"chooses kernels of ONNX Runtime, the target is {target}"):
+        recipe("tune=host", target=target)
+    assert recipe("tune=host", target="ort-cpu").lowering.tune == "host"
+
+
 def test_an_engine_is_tuned_for_a_batch_that_it_accepts() -> None:
     with pytest.raises(RecipeError, match="opt_batch 9 is above"):
         recipe("opt_batch=9")

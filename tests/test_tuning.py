@@ -188,7 +188,11 @@ def test_signatures_name_what_time_depends_on(deep: Exported, tmp_path: Path) ->
 
 
 def test_what_is_measured_is_kept_and_asked_for_once(
-    deep: Exported, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    deep: Exported,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     plan = draw(deep, tmp_path, 1, bits=(4, 4))
     model, weights = canonical_graph(deep, plan, tmp_path / "codes"), QuantWeights(tmp_path / "codes")
@@ -213,10 +217,21 @@ def test_what_is_measured_is_kept_and_asked_for_once(
     assert tune(str(stored), tmp_path / "canonical.onnx", plan, weights, inputs, machine) == first
     slow = Timings("elsewhere", "0.9", dict.fromkeys(signatures.values(), SLOW))
     (tmp_path / "slow.json").write_text(slow.to_json(), encoding="utf-8")
+    caplog.clear()
     told = tune(str(tmp_path / "slow.json"), tmp_path / "canonical.onnx", plan, weights, inputs, machine)
     assert {entry["kernel"] for entry in told["kernels"].values()} == {"float"}
     assert told["kernels"].keys() == signatures.keys()
     assert told["cpu"] == "elsewhere"
+    assert "slow.json is of elsewhere, onnxruntime 0.9" in caplog.text
+    some = Timings(cpu_model(), str(ort.version()), dict([*slow.times.items()][:2]))
+    (tmp_path / "some.json").write_text(some.to_json(), encoding="utf-8")
+    caplog.clear()
+    tune(str(tmp_path / "some.json"), tmp_path / "canonical.onnx", plan, weights, inputs, machine)
+    assert f"knows 2 of {len(slow.times)} kinds of layers" in caplog.text
+    assert "elsewhere" not in caplog.text
+    other = Machine(False, 4, 1)
+    with pytest.raises(RecipeError, match=r"none of them one of the .* at batch 4 threads 1 portable\n.*tune=host"):
+        tune(str(tmp_path / "slow.json"), tmp_path / "canonical.onnx", plan, weights, inputs, other)
 
 
 def test_this_cpu_has_a_name() -> None:

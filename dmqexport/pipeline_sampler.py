@@ -33,6 +33,11 @@ class SamplerTraining(Training):
         """The last stage that made a plan."""
         return self.sampler_trained if self.recipe.training.sampler.iterations else super().trained_plan
 
+    def prepare_sampler(self) -> None:
+        """Draw what is trained towards, if anything is; RecipeError for a scheduler that has noise of its own."""
+        if self.recipe.training.sampler.iterations:
+            _ = self.trajectory_ends
+
     @cached_property
     def trajectory_ends(self) -> StageRecord:
         """First calls of float trajectories, `starts.safetensors`, and what they end in, `finished.safetensors`."""

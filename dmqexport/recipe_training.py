@@ -1,10 +1,11 @@
 """The training sections of a recipe: nothing is trained unless a stage is given iterations."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dmqexport.byte_size import parse_bytes
+from dmqexport.errors import RecipeError
 from dmqexport.recipe_sections import Section, size_named
 
 
@@ -106,6 +107,16 @@ class TrainingRecipe(Section):
     blocks: BlockTrainingRecipe = BlockTrainingRecipe()
     network: NetworkTrainingRecipe = NetworkTrainingRecipe()
     sampler: SamplerTrainingRecipe = SamplerTrainingRecipe()
+
+    @model_validator(mode="after")
+    def _leaves_some_to_train_on(self) -> Self:
+        if self.sampler.iterations and self.sampler.held_out >= self.trajectories:
+            raise RecipeError(
+                f"training.sampler.held_out {self.sampler.held_out} leaves nothing of training.trajectories "
+                f"{self.trajectories} to train on",
+                hint="raise training.trajectories, or lower training.sampler.held_out",
+            )
+        return self
 
     @property
     def max_ram_bytes(self) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import escape
 
-_WIDTH, _LEFT, _RIGHT, _BAR, _GAP, _TOP = 860, 330, 190, 14, 8, 34
+_WIDTH, _LEFT, _RIGHT, _BAR, _GAP, _TOP = 930, 400, 190, 14, 8, 34
 _FLOAT, _QUANTIZED = "#8a8a8a", "#1f5fa8"
 #: The part of an operator's bar that lies beyond what the machine's peaks would take.
 _BEYOND = "0.35"
@@ -100,6 +100,12 @@ def _section(parts: list[str], y: int, heading: str, bars: Sequence[_Bar]) -> in
                 f'<rect x="{_LEFT + solid:g}" y="{y}" width="{length - solid:.4g}" height="{_BAR}" fill="{colour}" '
                 f'fill-opacity="{_BEYOND}"/>'
             )
-        parts.append(f'<text x="{_LEFT + length + 5}" y="{y + 11}">{bar.milliseconds:.3g} ms{escape(bar.note)}</text>')
+        parts.append(
+            f'<text x="{_LEFT + length + 5}" y="{y + 11}">{_number(bar.milliseconds)} ms{escape(bar.note)}</text>'
+        )
         y += _BAR + _GAP
     return y
+
+
+def _number(milliseconds: float) -> str:
+    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"

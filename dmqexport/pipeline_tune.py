@@ -156,7 +156,7 @@ def measure(
     """Milliseconds by signature and kernel: of every layer inside the whole graph, its quantizers and all; of both
     products of an attention, without what is between them.
 
-    The graph runs once with each kernel everywhere; a signature's time is the median of its layers' medians.
+    The graph runs once with each kernel everywhere; a signature's time is the median of its layers'.
     """
     found: dict[str, dict[Kernel, float]] = {}
     for kernel in Kernel:

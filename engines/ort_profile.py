@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engines.ort import OrtRunner
 from engines.runner import Arrays
 
@@ -22,8 +20,9 @@ _CONTAINERS = ("Loop", "If", "Scan")
 
 @dataclass(frozen=True)
 class NodeTime:
-    """One executed node. ms: median of one run; operations: multiplications and additions of a product or convolution,
-    0 for others; traffic: bytes of all inputs and outputs, each counted once; operand: type of the first input.
+    """One executed node. ms: the least of its runs, since other processes only add to it; operations: multiplications
+    and additions of a product or convolution, 0 for others; traffic: bytes of all inputs and outputs, each counted
+    once; operand: type of the first input.
     """
 
     name: str
@@ -51,7 +50,7 @@ class OperatorTime:
 def profile_nodes(
     path: Path, inputs: Arrays, *, runs: int, threads: int | None, config: Mapping[str, str] | None = None
 ) -> list[NodeTime]:
-    """Median time of every node over `runs` runs after one that warms up, in order of execution.
+    """Least time of every node over `runs` runs after one that warms up, in order of execution.
 
     Raises what `OrtRunner` raises.
     """
@@ -135,7 +134,7 @@ def _node(name: str, arguments: Mapping[str, Any], durations: Sequence[float]) -
         operations = 2 * math.prod(outputs[0][1]) * math.prod(shapes[1][1:])
     traffic = sum(_BYTES.get(kind, 4) * math.prod(shape) for kind, shape in inputs + outputs)
     operand = inputs[0][0] if inputs else ""
-    return NodeTime(name, op, shapes[:2], float(np.median(durations)) / 1e3, operations, traffic, operand)
+    return NodeTime(name, op, shapes[:2], min(durations) / 1e3, operations, traffic, operand)
 
 
 def _tensors(described: Any) -> list[tuple[str, tuple[int, ...]]]:

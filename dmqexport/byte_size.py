@@ -6,15 +6,18 @@ from enum import StrEnum
 
 from dmqexport.errors import RecipeError
 
-_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_MOST = 2**60
 
 
 def parse_bytes(text: str) -> int:
     """Bytes in `2.5MiB`, `400 MB`, `4GiB` or a plain number; RecipeError for anything else."""
     amount, unit = _amount(text)
-    if amount <= 0 or unit not in {"", *_BYTES}:
+    size = amount * _BYTES.get(unit, 1)
+    if unit not in {"", *_BYTES} or not 1 <= size < _MOST:
         raise RecipeError(f"{text!r} is no size", hint="for example 2.5MiB, 400MB or 4GiB")
-    return int(amount * _BYTES.get(unit, 1))
+    return int(size)
 
 
 class BudgetKind(StrEnum):

@@ -198,7 +198,7 @@ def _stage_command(name: str, summary: str, manual: str, action: Callable[["Buil
             if Session.rank == 0:
                 from dmqexport.cli_estimate import print_dry_run
 
-                print_dry_run(resolved, as_json=as_json)
+                print_dry_run(resolved, output, as_json=as_json)
             return
         from dmqexport.bundle import check_replaceable
         from dmqexport.cli_console import console_reporter

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from dmqexport.bundle import OWN_FOLDER
 from dmqexport.errors import ModelError, ResourceError
 from dmqexport.models.architecture import find_architecture
 from dmqexport.models.footprint import Footprint
@@ -13,7 +14,8 @@ from dmqexport.models.random_weights import architectures
 from dmqexport.pipeline_estimate import Estimate, Plan, estimate
 from dmqexport.pipeline_size import WORKING_BYTES, validation_size
 from dmqexport.pipeline_speed import MachineSpeed, measure_speed
-from dmqexport.recipe import Recipe
+from dmqexport.recipe import Recipe, without_measurements
+from dmqexport.report.document import ReportError, Stage, read_report
 from dmqexport.report.wording import duration, size
 
 _SMALLEST_WORKING = 2**27
@@ -61,19 +63,49 @@ def working_bytes(recipe: Recipe, work: Path | None = None) -> int:
     raise _refusal("--max-ram", limit or 0, found[-1].memory, found[-1], recipe)
 
 
-def report_lines(found: Estimate) -> list[str]:
-    """The estimate as people read it."""
-    rows = [("stage", "time", "of it the model", "memory", "disk")]
+def measured_stages(recipe: Recipe, bundle: Path) -> tuple[Stage, ...]:
+    """What the stages of `bundle` took; nothing where it is not there or was built from another recipe."""
+    try:
+        report = read_report(bundle / OWN_FOLDER / "report.json")
+    except ReportError:
+        return ()
+    same = report.recipe == without_measurements(recipe).model_dump(mode="json")
+    return tuple(report.stages) if same else ()
+
+
+def report_lines(found: Estimate, measured: Sequence[Stage] = ()) -> list[str]:
+    """The estimate as people read it; measured: what a build recorded, to stand beside it stage by stage."""
+    rows: list[tuple[str, ...]] = [("stage", "time", "of it the model", "memory", "disk")]
     rows += [
         (item.name, duration(item.seconds), duration(item.forward_seconds), size(item.memory), size(item.disk))
         for item in found.stages
     ]
     forwards = sum(item.forward_seconds for item in found.stages)
     rows.append(("all", duration(found.seconds), duration(forwards), size(found.memory), size(found.disk)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    if measured:
+        left = list(measured)
+        beside = [_taken(next((left.pop(i) for i, own in enumerate(left) if own.name == row[0]), None)) for row in rows]
+        beside[0] = ("took", "processor", "memory", "disk")
+        rows = [(*row, *others) for row, others in zip(rows, beside, strict=True)]
+        rows += [(own.name, "", "", "", "", *_taken(own)) for own in left]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(f"result: {size(found.result)} deployed, {size(found.canonical)} as packed codes")
     return lines
+
+
+def _taken(stage: Stage | None) -> tuple[str, str, str, str]:
+    """A finished stage as people read it; empty for one that is not recorded."""
+    if stage is None:
+        return "", "", "", ""
+    given = (
+        (stage.seconds, duration),
+        (stage.cpu_seconds, duration),
+        (stage.peak_rss_bytes, size),
+        (stage.disk_bytes, size),
+    )
+    time, processor, memory, disk = ("" if value is None else form(value) for value, form in given)
+    return time, processor, memory, disk
 
 
 def _estimates(recipe: Recipe, folder: Path | None, choices: Sequence[int]) -> list[Estimate]:
@@ -88,7 +120,7 @@ def _estimates(recipe: Recipe, folder: Path | None, choices: Sequence[int]) -> l
             recipe,
             cost,
             speed,
-            Plan(steps, halves, working, random, found.companions),
+            Plan(steps, halves, working, random, found.companions, found.feature_macs),
             validation_size(recipe.validation, cost, steps * halves, working),
         )
         for working in choices

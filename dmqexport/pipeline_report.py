@@ -114,6 +114,7 @@ class ReportBuilder:
                 "forward_seconds": None if a_sample is None or not record.forwards else record.forwards * a_sample,
                 "cached": record.cached,
                 "peak_rss_bytes": record.built_peak_rss_bytes,
+                "disk_bytes": record.disk_bytes,
             }
             for record in reversed(records.values())
         ]

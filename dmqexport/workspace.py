@@ -93,7 +93,7 @@ class StageRecord:
 
     seconds, peak_rss_bytes: of this call, so next to nothing for a reused stage. built_seconds, built_peak_rss_bytes:
     of the run that made the files; None for stages of older versions. cpu_seconds: processor time of that run, its
-    child processes included. forwards: samples that the float denoiser answered in it.
+    child processes included. forwards: samples that the float denoiser answered in it. disk_bytes: of its files.
     """
 
     name: str
@@ -106,6 +106,7 @@ class StageRecord:
     built_peak_rss_bytes: int | None = None
     cpu_seconds: float | None = None
     forwards: int | None = None
+    disk_bytes: int | None = None
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -189,9 +190,18 @@ class Workspace:
         built = _built(final)
         peak = resident_bytes(os.getpid()) if cached else built.get("peak_rss_bytes", 0)
         record = StageRecord(
-            name, final, fingerprint, seconds, cached, peak,
-            *(built.get(field) for field in ("seconds", "peak_rss_bytes", "cpu_seconds", "forwards")),
-        )  # fmt: skip
+            name,
+            final,
+            fingerprint,
+            seconds,
+            cached,
+            peak,
+            built_seconds=built.get("seconds"),
+            built_peak_rss_bytes=built.get("peak_rss_bytes"),
+            cpu_seconds=built.get("cpu_seconds"),
+            forwards=built.get("forwards"),
+            disk_bytes=sum(built["files"].values()),
+        )
         self.records.append(record)
         self.reporter.finished(name, record.seconds, cached)
         if not cached and leads:

@@ -11,7 +11,15 @@ from dmqexport.recipe import load_recipe
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GiB", 2**32), (" 2.5 MiB ", 2621440), ("400 MB", 400_000_000), ("1kb", 1000), ("7", 7), ("7B", 7)],
+    [
+        ("4GiB", 2**32),
+        (" 2.5 MiB ", 2621440),
+        ("400 MB", 400_000_000),
+        ("1kb", 1000),
+        ("7", 7),
+        ("7B", 7),
+        ("1TB", 10**12),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
@@ -22,7 +30,7 @@ def test_every_whole_number_is_a_size(size: int) -> None:
     assert parse_bytes(str(size)) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "1 pound", "1.5.2MiB", "nan", "1e3"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "1 pound", "1.5.2MiB", "nan", "1e3", "0.5", "9" * 400])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="is no size"):
         parse_bytes(text)

@@ -91,21 +91,23 @@ def test_large_models_are_judged_on_little_and_small_ones_as_ever() -> None:
 
 
 @pytest.mark.slow
-def test_a_build_takes_about_what_was_said(tmp_path: Path) -> None:
+def test_a_build_leaves_about_what_was_said(tmp_path: Path) -> None:
+    """Bytes stage by stage; times scatter on machines with other work to do, and are not compared."""
     asked = recipe("emoji", **{"calibration.size": 16, "validation.images": 4, "validation.retrieval": 0})
-    said = estimate_build(asked, tmp_path)
+    said = estimate_build(asked, None)
     workspace = Workspace(tmp_path / "work", SilentReporter())
     run_build(Build(asked, tmp_path / "bundle", workspace))
     stages = {record.name: record for record in workspace.records}
     told = {stage.name: stage for stage in said.stages}
-    work = [name for name in told if name in stages]
-    took = sum(stages[name].built_seconds or 0 for name in work)
-    # On a machine with other work to do, times scatter; bytes do not.
-    assert 1 / 3 < sum(told[name].seconds for name in work) / took < 3
+    assert set(told) - {"load", "bundle"} == set(stages)
+    for name, record in stages.items():
+        kept = record.disk_bytes or 0
+        if kept > 10**6:  # below, it is names and braces
+            assert 1 / 2 < told[name].disk / kept < 2, name
     peak = max(record.built_peak_rss_bytes or 0 for record in stages.values())
     assert 1 / 2 < said.memory / peak < 2
-    kept = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    assert 1 / 2 < said.disk / kept < 2
+    everything = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert 1 / 2 < said.disk / everything < 2
     result = sum(path.stat().st_size for path in (tmp_path / "bundle" / "unet").glob("model.onnx*"))
     assert 1 / 2 < said.result / result < 2
     assert any("result:" in line for line in report_lines(said))

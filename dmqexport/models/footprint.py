@@ -71,7 +71,7 @@ class Footprint:
 
     parameters: all of them. macs: layers and attention. live_bytes: the most that is alive at once in a float32
     forward of torch, whose attention is one operation; graph_bytes: of exported graphs, which compute attention as two
-    matrix products. calls: operators of a forward.
+    matrix products. calls: operators of a forward. entry_bytes: the inputs of one call, conditions included.
     """
 
     parameters: int
@@ -79,6 +79,7 @@ class Footprint:
     live_bytes: int
     graph_bytes: int
     calls: int
+    entry_bytes: int
     layers: tuple[LayerCost, ...]
 
     @property
@@ -131,8 +132,23 @@ def measure_footprint(denoiser: nn.Module, family: Family, tokens: int | None = 
         live_bytes=memory.most // 2,
         graph_bytes=max(memory.most, attention.most) // 2,
         calls=memory.calls,
+        entry_bytes=sum(value.nbytes for value in inputs.values()) // 2,
         layers=tuple(layers),
     )
+
+
+def count_macs(module: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of the layers of `module` for `example` [1, ...]; both on the meta device."""
+    layers: list[LayerCost] = []
+    parts = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    handles = [part.register_forward_hook(_counter("", layers)) for part in parts]
+    try:
+        with torch.no_grad():
+            module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(layer.macs for layer in layers)
 
 
 def _counter(name: str, layers: list[LayerCost]) -> Callable[..., None]:

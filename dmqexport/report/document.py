@@ -198,7 +198,7 @@ class Stage(_Part):
     """Cost of one stage of the build, of the run that finished it; cached: that was an earlier one.
 
     cpu_seconds: processor time, all threads and child processes. forward_seconds: what of `seconds` the float model's
-    own evaluations took. peak_rss_bytes: with child processes.
+    own evaluations took. peak_rss_bytes: with child processes. disk_bytes: what it left in the work folder.
     """
 
     name: str
@@ -207,6 +207,7 @@ class Stage(_Part):
     forward_seconds: NonNegative | None = None
     cached: bool = False
     peak_rss_bytes: Count | None = None
+    disk_bytes: Count | None = None
 
 
 class Environment(_Part):

@@ -240,6 +240,7 @@ def _stage(name: str, seconds: float, cached: bool, peak: int | None) -> dict[st
         "forward_seconds": 0.5 * seconds if name in ("sample", "observe") else None,
         "cached": cached,
         "peak_rss_bytes": peak,
+        "disk_bytes": None,
     }
 
 

@@ -1,0 +1,176 @@
+"""What drafts, allocation and training take: the stages between statistics and graphs that only some recipes have."""
+
+from dmqexport.pipeline_estimate_work import FLOAT, Work, kept_calls
+from dmqexport.pipeline_size import TORCH_SHARE
+from dmqexport.quant_types import MAX_BITS
+from dmqexport.recipe_training import BlockTrainingRecipe, NetworkTrainingRecipe
+
+PICTURES, STEP_CALLS, OFFSETS = 16, 16, 5  # dmqexport/pipeline_drafts.py, dmqexport/pipeline_rows.py
+JUDGES, SHIFTS = 4, 7  # dmqexport/pipeline_allocate.py
+TRAINING_TRAJECTORIES = 512  # dmqexport/pipeline_train.py
+TRIALS = 9  # calib/trajectory_distill.py, the untrained state among them
+_GRADED = 40  # times that a value goes through memory while it is quantized and its gradient found
+_UPDATED = 60  # times that a weight does in an iteration: quantized, its gradient, the optimizer's moments
+_SAVED = 5  # float values kept for the gradient, for each that a layer reads or gives
+
+
+class ChoiceEstimate(Work):
+    """Stages that choose bits or train, each with a method of its own."""
+
+    # Which of them there are, as the stages themselves decide
+
+    @property
+    def allocates(self) -> bool:
+        """Whether widths come from a budget."""
+        return self.recipe.allocation.allocates
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights are fitted and rounded by second order."""
+        narrow = self.recipe.widths.weight < MAX_BITS or self.allocates
+        return self.recipe.quantization.rounding == "second-order" and narrow
+
+    @property
+    def varies(self) -> bool:
+        """Whether timestep rows may get bits of their own."""
+        bits = self.recipe.widths.activation
+        measured = self.recipe.quantization.row_bits == "measured" and bits is not None
+        return measured and (self.allocates or bits != MAX_BITS)
+
+    @property
+    def trains_on_own(self) -> bool:
+        """Whether there are trajectories beside calibration's."""
+        training, quantization = self.recipe.training, self.recipe.quantization
+        used = quantization.rounding == "second-order" and quantization.refine_on == "training"
+        return used or training.blocks.iterations > 0 or training.network.iterations > 0
+
+    # Drafts
+
+    def draft(self) -> None:
+        """A plan rounded to the nearest code."""
+        widths = self.recipe.widths
+        seconds = self.activation_search(widths.activation) + self.weight_search(widths.weight) + self.coding()
+        self.add("draft", seconds, 0, self.resident + 2 * self.cost.weights, self.cost.weights)
+
+    def drafts(self) -> None:
+        """Drafts, and what each step's error does to pictures: whole pictures, once for every step."""
+        training, quantization = self.recipe.training, self.recipe.quantization
+        picture = self.allocates and self.recipe.allocation.metric == "picture"
+        trained = training.network.iterations > 0 and training.network.step_weights == "measured"
+        weighed = quantization.row_bits == "measured" and self.fits
+        if picture or trained or weighed or self.varies:
+            self.draft()
+            calls = PICTURES * self.plan.calls
+            live = PICTURES * self.plan.halves * TORCH_SHARE * self.cost.live_bytes
+            simulated = calls * (self.forward + self.quantizing)
+            self.add("step-errors", simulated, calls * (self.plan.steps + 1), self.resident + 2 * self.weights + live)
+        elif quantization.row_bits == "measured" and self.recipe.widths.activation is not None:
+            self.draft()  # it is only found that 8-bit rows do not vary
+
+    def row_bits(self) -> None:
+        """Bits of timestep rows; with allocation, from a draft at the allocated widths."""
+        if not self.varies:
+            return
+        if self.allocates:
+            self.draft()
+        calls = STEP_CALLS * self.plan.calls
+        seconds = OFFSETS * (calls * self.quantizing + self.activation_search(self.recipe.widths.activation))
+        memory = self.resident + 2 * self.weights + self.activations
+        self.add("row-bits", seconds, (OFFSETS + 1) * calls, memory)
+
+    # Allocation
+
+    def allocate(self) -> None:
+        """Quantizers at all widths, what every layer's error costs, and plans that are measured whole."""
+        recipe, cost, speed = self.recipe.allocation, self.cost, self.speed
+        activation = self.recipe.widths.activation
+        weights = recipe.weight_bits
+        widths = {*weights, *(recipe.activation_bits if activation is not None else ())}
+        searched = sum(
+            self.weight_search(bits) + (self.activation_search(bits) if activation is not None else 0.0)
+            for bits in widths
+        )
+        disk = len(widths) * cost.weights
+        self.add("candidates", searched + len(widths) * self.coding(), 0, self.resident + 2 * cost.weights, disk)
+
+        pairs = len(weights) * (len(recipe.activation_bits) if activation is not None else 1)
+        products = cost.macs / speed.macs
+        outputs = cost.output_bytes / FLOAT
+        # Probes are multiplied with every pair's output and summed; single operators, each with its own memory.
+        memory = self.resident + self.weights + self.batch * (3 + recipe.probes) * 2 * cost.output_bytes
+        if recipe.sensitivity == "sketch":
+            a_pair = products + 3 * FLOAT * (1 + recipe.probes) * outputs / speed.copied
+            seconds = recipe.entries * (pairs * a_pair + recipe.probes * 2 * self.forward)
+            seconds += recipe.entries * len(widths) * self.quantizing
+            seconds += -(-recipe.entries // self.batch) * pairs * 12 * len(cost.layers) * speed.call
+            self.add("sensitivity", seconds, 2 * recipe.entries, memory)
+        else:  # every layer at every pair, what lies downstream of it
+            runs = recipe.entries * len(cost.layers) * pairs / 2
+            self.add("sensitivity", runs * self.quantizing / len(cost.layers), runs, memory)
+
+        judged = JUDGES * recipe.entries
+        joint = 2 + recipe.relinearize + recipe.proposals
+        marginal = recipe.relinearize * recipe.entries * len(cost.layers) / 2
+        seconds = (joint * judged + marginal) * self.quantizing
+        memory = self.resident + 2 * self.weights + self.activations
+        self.add("allocation", seconds, 2 * joint * judged + marginal, memory)
+        if recipe.pareto:
+            points = SHIFTS + (len(widths) if activation is not None else 0)
+            self.add("pareto", points * judged * self.quantizing, 2 * points * judged, memory)
+
+    # Training
+
+    @property
+    def training_entries(self) -> int:
+        """Calls that are kept of the training trajectories."""
+        training = self.recipe.training
+        whole = training.trajectories if training.network.coherence > 0 else TRAINING_TRAJECTORIES
+        return kept_calls(training.trajectories, self.plan.calls, whole)
+
+    def training_set(self) -> None:
+        """Float trajectories of their own, and the float model's answers along them."""
+        training, kept = self.recipe.training, self.training_entries
+        disk = kept * (self.cost.entry_bytes + FLOAT * self.cost.layers[-1].outputs)
+        self.add(
+            "training-set", disk / self.speed.written, training.trajectories * self.plan.calls + kept,
+            self.resident + self.activations + 2 * disk, disk,
+        )  # fmt: skip
+
+    @property
+    def graded(self) -> float:
+        """Seconds of one sample forth and back through the quantized model."""
+        values = self.cost.input_values
+        return 3 * self.forward + _GRADED * FLOAT * values / self.speed.copied
+
+    @property
+    def updating(self) -> float:
+        """Seconds of one iteration that do not depend on the batch: weights quantized, moved, and their moments."""
+        return _UPDATED * FLOAT * self.cost.weights / self.speed.copied
+
+    def train(self) -> None:
+        """Block by block, the network as a whole, through the sampler: whichever the recipe has."""
+        training, cost = self.recipe.training, self.cost
+        saved = _SAVED * (FLOAT * cost.input_values + cost.output_bytes)
+        moved = self.resident + 4 * FLOAT * cost.weights  # shadow, gradient and two moments of every weight
+        state = cost.weights + FLOAT * cost.weights
+        blocks, network, sampler = training.blocks, training.network, training.sampler
+        if blocks.iterations:
+            streamed = 2 * (blocks.entries + blocks.held_out)
+            held = min((blocks.entries + blocks.held_out) * 2 * cost.live_bytes, training.max_ram_bytes or float("inf"))
+            seconds = self._iterated(blocks) + streamed * self.quantizing / 2
+            self.add("blocks", seconds, streamed, moved + held + blocks.batch_size * saved / 8, state)
+        if network.iterations:
+            self.add("network", self._iterated(network), 0, moved + network.batch_size * saved, state)
+        if sampler.iterations:
+            ends = training.trajectories * self.plan.calls
+            disk = training.trajectories * (self.plan.halves + 1) * cost.entry_bytes
+            self.add("trajectory-ends", 0, ends, self.resident + self.activations, disk)
+            samples = sampler.batch_size * self.plan.calls
+            again = self.forward + self.quantizing if sampler.recompute else 0.0
+            seconds = sampler.iterations * (samples * (self.graded + again) + self.updating)
+            seconds += TRIALS * sampler.held_out * self.plan.calls * (self.forward + self.quantizing)
+            at_once = samples / (self.plan.steps if sampler.recompute else 1)
+            self.add("sampler", seconds, 0, moved + at_once * saved, state)
+
+    def _iterated(self, recipe: BlockTrainingRecipe | NetworkTrainingRecipe) -> float:
+        return recipe.iterations * (recipe.batch_size * self.graded + self.updating)

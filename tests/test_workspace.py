@@ -61,6 +61,7 @@ def test_a_reused_stage_knows_what_it_cost(tmp_path: Path) -> None:
     assert 0 < again.built_seconds <= first.seconds
     assert again.built_peak_rss_bytes == first.built_peak_rss_bytes
     assert (again.built_peak_rss_bytes or 0) > 2**20
+    assert again.disk_bytes == first.disk_bytes == sum(p.stat().st_size for p in first.path.rglob("*.bin"))
 
 
 def test_no_resume_builds_again(tmp_path: Path) -> None:

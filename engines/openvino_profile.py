@@ -2,7 +2,6 @@
 
 import math
 import re
-from statistics import median
 
 from engines.openvino_ir import ExecutedLayer, OpenVinoRunner
 from engines.ort_profile import NodeTime
@@ -10,7 +9,7 @@ from engines.runner import Arrays
 
 
 def profile_network(runner: OpenVinoRunner, inputs: Arrays, *, runs: int) -> list[NodeTime]:
-    """Median time of every executed node over `runs` runs after one that warms up. runner: opened with `counting`.
+    """Least time of every executed node over `runs` runs after one that warms up. runner: opened with `counting`.
 
     A node has the name of the layer that it was fused into or reordered for. Raises what `runner` raises.
     """
@@ -18,7 +17,7 @@ def profile_network(runner: OpenVinoRunner, inputs: Arrays, *, runs: int) -> lis
     counted = [runner.counters(inputs) for _ in range(runs)]
     layers = {layer.name: layer for layer in runner.executed({name: inputs[name].shape for name in runner.input_names})}
     return [
-        _node(name, layers.get(name), median(times[name] for times in counted if name in times)) for name in counted[0]
+        _node(name, layers.get(name), min(times[name] for times in counted if name in times)) for name in counted[0]
     ]
 
 

@@ -171,7 +171,8 @@ class EngineRunner:
 
         random, made = np.random.default_rng(0), {}
         for name in self.input_names:
-            shape, dtype = (batch, *self._engine.get_tensor_profile_shape(name, 0)[1][1:]), np.dtype(self._dtype(name))
+            _, usual, _ = self._engine.get_tensor_profile_shape(name, 0)
+            shape, dtype = (batch, *tuple(usual)[1:]), np.dtype(self._dtype(name))
             made[name] = random.standard_normal(shape).astype(dtype) if dtype.kind == "f" else np.zeros(shape, dtype)
         return made
 

@@ -93,7 +93,8 @@ def test_large_models_are_judged_on_little_and_small_ones_as_ever() -> None:
 @pytest.mark.slow
 def test_a_build_leaves_about_what_was_said(tmp_path: Path) -> None:
     """Bytes stage by stage; times scatter on machines with other work to do, and are not compared."""
-    asked = recipe("emoji", **{"calibration.size": 16, "validation.images": 4, "validation.retrieval": 0})
+    small = {"calibration.size": 16, "quantization.refine_entries": 256, "scaling.method": "dilation"}
+    asked = recipe("emoji", **small, **{"validation.images": 4, "validation.retrieval": 0})
     said = estimate_build(asked, None)
     workspace = Workspace(tmp_path / "work", SilentReporter())
     run_build(Build(asked, tmp_path / "bundle", workspace))

@@ -1,14 +1,9 @@
 """What ONNX Runtime executed, from its own profile: every layer that a report calls int8 multiplies bytes."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from dmqexport.bundle import open_bundle
-from dmqexport.pipeline import Build
-from dmqexport.recipe import load_recipe
-from dmqexport.workspace import SilentReporter, Workspace
 from engines.ort_profile import NodeTime, multiplied_types, profile_nodes
 from tests.conftest import Built
 from tests.models.tiny_pipelines import TOKENS, WIDTH
@@ -40,19 +35,6 @@ def test_layers_that_a_report_calls_int8_multiply_bytes(name: str, request: pyte
         else:
             assert executed[layer] <= {"float"}, f"{layer} is reported as {compute} and runs on {executed[layer]}"
     assert sum(compute == "int8" for compute in reported.values()) > len(reported) / 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
-def test_every_planned_layer_of_the_bundled_model_multiplies_bytes(tmp_path: Path, bits: str) -> None:
-    quick = ["calibration.size=2", "calibration.rows=3", "sampling.steps=4", "quantization.rounding=nearest"]
-    recipe = load_recipe(None, {"model": "emoji", "bits": bits, "target": "ort-cpu"}, quick)
-    build = Build(recipe, tmp_path / "bundle", Workspace(tmp_path / "work", SilentReporter()))
-    inputs = {name: value.numpy() for name, value in build.model.example_inputs(batch=2).items()}
-    nodes = profile_nodes(build.deployed_graph, inputs, runs=1, threads=1)
-    executed = multiplied_types(nodes, [layer.name for layer in build.plan.layers])
-    assert len(executed) == 119
-    assert {layer: kinds for layer, kinds in executed.items() if not kinds or not kinds <= BYTES} == {}
 
 
 def test_a_float_product_is_no_proof() -> None:

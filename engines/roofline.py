@@ -13,9 +13,9 @@ from dmqexport.errors import BackendMissingError
 from engines.ort import available_cores
 from engines.ort_profile import OperatorTime
 
-_SIDE = 1024  # of the square matrices: past every cache of one core, and enough columns for the widest kernel
+_SIDES = (192, 384, 768)  # of the square matrices: the caches that suit the kernels best differ between machines
 _STREAM = 2**24  # floats read and written: past the last cache
-_SECONDS = 0.3  # of repetitions of one measurement
+_SECONDS = 0.2  # of repetitions of one measurement
 _INTEGER = ("MatMulInteger", "ConvInteger", "QLinear", "QGemm", "DynamicQuantizeMatMul")
 
 
@@ -31,7 +31,9 @@ class Peaks:
 
 
 def measure_peaks(threads: int | None) -> Peaks:
-    """Time a large product in both types and a pass over memory; about a second. threads: None takes every core.
+    """Time products of several sizes in both types and a pass over memory; about two seconds.
+
+    threads: None takes every core.
 
     Raises BackendMissingError without onnxruntime.
     """
@@ -60,21 +62,23 @@ def measure_peaks(threads: int | None) -> Peaks:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    square, operations = (_SIDE, _SIDE), 2 * _SIDE**3
-    weight: dict[str, np.ndarray] = {"w": np.ones(square, dtype=np.float32)}
-    integer: dict[str, np.ndarray] = {
-        "w": np.ones(square, dtype=np.int8),
-        "a": np.array(0.1, dtype=np.float32),
-        "b": np.ones(_SIDE, dtype=np.float32),
-    }
-    product = helper.make_node("MatMulIntegerToFloat", ["x", "w", "a", "b"], ["y"], domain="com.microsoft")
+    def product(side: int, *, integer: bool) -> float:
+        square, weight = (side, side), "int8" if integer else "float32"
+        constants: dict[str, np.ndarray] = {"w": np.ones(square, dtype=weight)}
+        node, kind = helper.make_node("MatMul", ["x", "w"], ["y"]), TensorProto.FLOAT
+        if integer:
+            constants |= {"a": np.array(0.1, dtype=np.float32), "b": np.ones(side, dtype=np.float32)}
+            node = helper.make_node("MatMulIntegerToFloat", ["x", *constants], ["y"], domain="com.microsoft")
+            kind = TensorProto.UINT8
+        feed = np.ones(square, dtype="uint8" if integer else "float32")
+        return 2 * side**3 / 1e9 / best(node, feed, kind, constants)
+
+    negated = helper.make_node("Neg", ["x"], ["y"])
     return Peaks(
-        operations / 1e9 / best(helper.make_node("MatMul", ["x", "w"], ["y"]), np.ones(square, dtype=np.float32),
-                                TensorProto.FLOAT, weight),
-        operations / 1e9 / best(product, np.ones(square, dtype=np.uint8), TensorProto.UINT8, integer),
-        2 * 4 * _STREAM / 1e9 / best(helper.make_node("Neg", ["x"], ["y"]), np.ones(_STREAM, dtype=np.float32),
-                                     TensorProto.FLOAT, {}),
-    )  # fmt: skip
+        max(product(side, integer=False) for side in _SIDES),
+        max(product(side, integer=True) for side in _SIDES),
+        2 * 4 * _STREAM / 1e9 / best(negated, np.ones(_STREAM, dtype=np.float32), TensorProto.FLOAT, {}),
+    )
 
 
 def place(row: OperatorTime, peaks: Peaks) -> dict[str, Any]:

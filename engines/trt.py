@@ -210,11 +210,10 @@ def build_engine(
 def find_engine(engines: Path, flavor: TrtFlavor) -> Path | None:
     """The engine below `engines` that this machine's GPU and installed version run; None where there is none."""
     version, arch = flavor_version(flavor), gpu_architecture()
-    for fit in (arch, "any"):
-        engine = engines / f"{flavor.value}-{fit}-{version}" / "engine.plan"
-        if None not in (version, arch) and engine.is_file():
-            return engine
-    return None
+    if version is None or arch is None:
+        return None
+    candidates = trt_standalone.engine_folders(engines, flavor.value, arch, version)
+    return next((folder / "engine.plan" for folder in candidates if (folder / "engine.plan").is_file()), None)
 
 
 class TrtRunner:

@@ -330,8 +330,9 @@ def finish(bundle: Path, request: Mapping[str, Any], options: argparse.Namespace
     version = vendor_version(str(request["module"]))
     if version is None:
         raise BuildError("backend", f"{request['module']} cannot be imported: pip install {request['package']}")
-    engines = bundle / str(request["engines"])
-    folders = [engines / f"{request['target']}-{fit}-{version}" for fit in (arch, "any")]
+    if not (bundle / str(request["onnx"])).is_file():
+        raise BuildError("io", f"{bundle} lacks {request['onnx']}: --bundle takes the folder that this script came in")
+    folders = engine_folders(bundle / str(request["engines"]), str(request["target"]), arch, version)
     found = [folder for folder in folders if (folder / "engine.plan").is_file()]
     reused = bool(found) and not options.rebuild
     folder = found[0] if reused else folders[0]
@@ -360,6 +361,11 @@ def finish(bundle: Path, request: Mapping[str, Any], options: argparse.Namespace
             f"{judged['tolerance_db']:g} dB less is allowed (--tolerance-db)",
         )
     return record
+
+
+def engine_folders(engines: Path, target: str, arch: str, version: str) -> list[Path]:
+    """Where an engine for this machine lies or is put, and where one for every architecture would lie."""
+    return [engines / f"{target}-{fit}-{version}" for fit in (arch, "any")]
 
 
 def _build_and_prove(bundle: Path, folder: Path, arch: str, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -430,6 +436,9 @@ def main(arguments: Sequence[str]) -> int:
     except BuildError as failure:
         print(f"failed ({failure.kind}): {failure.message}", file=sys.stderr)
         return codes.get(failure.kind, EXIT_FAILED)
+    except OSError as error:  # of logs and records; what a build itself cannot write is a BuildError
+        print(f"failed (io): {error}", file=sys.stderr)
+        return EXIT_RESOURCE
     for line in _told(record):
         print(line)
     return 0

@@ -224,10 +224,10 @@ def test_the_script_judges_and_times_the_engine(bundle: Path) -> None:
     record = json.loads((folder / "run.json").read_text())
     assert record["judged"]["passed"]
     assert [row["runs"] for row in record["latency"]] == [3, 3]
-    assert find_engine_of(bundle) == folder / "engine.plan"
+    assert _engine_of(bundle) == folder / "engine.plan"
 
 
-def find_engine_of(bundle: Path) -> Path:
+def _engine_of(bundle: Path) -> Path:
     """The engine that the script ran, by its own folder's name."""
     (engine,) = (bundle / "unet" / "engines").glob("*/engine.plan")
     return engine
@@ -262,6 +262,19 @@ def test_the_script_refuses_nonsense(bundle: Path, arguments: tuple[str, str]) -
     assert "Traceback" not in done.stderr
 
 
+def test_the_script_leaves_other_folders_alone(bundle: Path, tmp_path: Path) -> None:
+    done = _run(bundle, "--bundle", str(tmp_path / "nowhere"))
+    assert done.returncode == 5
+    assert "lacks unet.onnx: --bundle takes the folder" in done.stderr
+    assert not (tmp_path / "nowhere").exists()
+    (engine,) = (bundle / "unet" / "engines").glob("*/engine.plan")
+    (engine.parent / "run.json").mkdir()
+    done = _run(bundle)
+    assert done.returncode == 5
+    assert "run.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_script_says_what_it_could_not_do(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (bundle / "answers.npz").unlink()
     done = _run(bundle)
@@ -276,8 +289,8 @@ def test_the_script_says_what_it_could_not_do(bundle: Path, monkeypatch: pytest.
 
 def test_finds_the_engine_of_this_machine(bundle: Path, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = bundle / "unet" / "engines"
-    assert find_engine(engines, TrtFlavor.TRT) == find_engine_of(bundle)
+    assert find_engine(engines, TrtFlavor.TRT) == _engine_of(bundle)
     monkeypatch.setattr(trt_run, "gpu_arch", lambda: "sm120")
     assert find_engine(engines, TrtFlavor.TRT) is None
     next(engines.iterdir()).rename(engines / f"trt-any-{VERSION}")
-    assert find_engine(engines, TrtFlavor.TRT) == find_engine_of(bundle)
+    assert find_engine(engines, TrtFlavor.TRT) == _engine_of(bundle)

@@ -23,6 +23,7 @@ from dmqexport.quant_plan import (
     Segment,
 )
 from dmqexport.quant_types import (
+    CENTERED_ZERO_POINT,
     MAX_BITS,
     MIN_BITS,
     ActivationQuant,
@@ -33,6 +34,8 @@ from dmqexport.quant_types import (
     WeightQuant,
     quantize_weight,
 )
+
+_ROOM = 1.25  # of ranges whose remainder is quantized too, beyond what was observed
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def freeze(
     row_bits: RowBits | None = None,
     timestep_scale: float = 1.0,
     provisional: Collection[str] = (),
+    remainders: Collection[str] = (),
     weight_of: Callable[[str], Tensor] | None = None,
 ) -> QuantPlan:
     """Choose every scale and zero_point as `search` says, write the weight codes to `codes_path`, return the plan.
@@ -93,12 +97,13 @@ def freeze(
     factors: float32 [channels] by `source#index` (calib/channel_scaling.py); `statistics` must have been observed with
     the same ones, and the columns of the readers' weights are multiplied by them before they are quantized. row_bits:
     how rows differ from their layer's bits; None: not at all. provisional: layers whose weights will be rounded anew,
-    so that their ranges are not worth a search. weight_of: parameter name → its tensor, where `denoiser` does not hold
-    its weights; one is asked for at a time, and codes are written layer by layer.
+    so that their ranges are not worth a search. remainders: layers whose activations, where they have 8 bits, get a
+    remainder. weight_of: parameter name → its tensor, where `denoiser` does not hold its weights; one is asked for at a
+    time, and codes are written layer by layer.
     """
     layers: list[LayerQuant] = []
     float_layers = dict(found.unsupported)
-    ranges: dict[tuple[str, int, int], ActivationQuant] = {}
+    ranges: dict[tuple[str, int, int, bool], ActivationQuant] = {}
     with QuantWeights.writing(codes_path, _code_shapes(denoiser, found, bits)) as write:
         for position, info in enumerate(found.layers):
             choice = bits[info.name]
@@ -108,8 +113,11 @@ def freeze(
             name = f"{info.name}.weight"
             weight = (denoiser.get_parameter(name) if weight_of is None else weight_of(name)).detach()
             how: RangeMethod = "minmax" if info.name in provisional else search
+            rest = info.name in remainders and choice.widths.activation == MAX_BITS
             layers.append(
-                _freeze_layer(weight, info, choice, statistics, ranges, write, search, how, factors or {}, row_bits)
+                _freeze_layer(
+                    weight, info, choice, statistics, ranges, write, search, how, factors or {}, row_bits, rest
+                )
             )
             if progress is not None:
                 progress(position + 1, len(found.layers))
@@ -150,7 +158,7 @@ def with_row_bits(
     done: dict[tuple[str, int, int], ActivationQuant] = {}
 
     def again(layer: LayerQuant, index: int, segment: Segment) -> Segment:
-        if segment.activation is None:
+        if segment.activation is None or segment.remainder:  # the latter has 8 bits, which rows do not differ in
             return segment
         key = (infos[layer.name].source, index, segment.activation.bits)
         if key not in done:
@@ -182,12 +190,13 @@ def _freeze_layer(
     info: LayerInfo,
     choice: LayerBits,
     statistics: Mapping[str, ActivationStatistics],
-    ranges: dict[tuple[str, int, int], ActivationQuant],
+    ranges: dict[tuple[str, int, int, bool], ActivationQuant],
     write: Callable[[str, CodeArray], None],
     search: RangeMethod,
     weight_search: RangeMethod,
     factors: Mapping[str, FloatArray],
     row_bits: RowBits | None,
+    remainder: bool,
 ) -> LayerQuant:
     assert choice.widths is not None
     segments = []
@@ -198,8 +207,10 @@ def _freeze_layer(
         part = weight if len(info.segments) == 1 else weight[:, start:stop]
         moment = observed.second_moment
         if choice.widths.activation is not None:
-            key = (info.source, index, choice.widths.activation)
-            if key not in ranges:
+            key = (info.source, index, choice.widths.activation, remainder)
+            if key not in ranges and remainder:
+                ranges[key] = _first_of_two(observed, factor)
+            elif key not in ranges:
                 ranges[key] = _activation(observed, choice.widths.activation, search, factor, row_bits)
             activation = ranges[key]
             part = part if factor is None else scaled_columns(part, torch.from_numpy(factor.copy()))
@@ -207,7 +218,7 @@ def _freeze_layer(
             moment = moment * torch.from_numpy(factor.copy()).square()
         qparams = _weight(part, moment, choice.widths.weight, info.op, weight_search)
         write(f"{info.name}#{index}", quantize_weight(part.numpy(), qparams))
-        segments.append(Segment(start, stop, qparams, activation))
+        segments.append(Segment(start, stop, qparams, activation, remainder and activation is not None))
     return LayerQuant(info.name, info.op, tuple(segments), info.parameters, choice.reason)
 
 
@@ -235,6 +246,17 @@ def _activation(
         scale[dead], zero_point[dead] = scale[widest], zero_point[widest]
         widths[dead.numpy()] = widths[widest]
     return ActivationQuant.from_rows(widths, scale.numpy(), zero_point.numpy(), factor)
+
+
+def _first_of_two(observed: ActivationStatistics, factor: FloatArray | None) -> ActivationQuant:
+    """The centered 8-bit quantizer of a tensor whose remainder is quantized too: all that was seen, and some more.
+
+    With 16 bits, room for values that calibration did not see costs nothing that matters, and clipping would.
+    """
+    extreme = torch.maximum(observed.high, -observed.low) * _ROOM
+    extreme = torch.where(extreme > 0, extreme, extreme.max().clamp_min(1e-12))  # rows that saw nothing but zero
+    scale = (extreme / (CENTERED_ZERO_POINT - 1)).numpy()
+    return ActivationQuant.from_rows(MAX_BITS, scale, np.full(len(scale), CENTERED_ZERO_POINT), factor)
 
 
 def _weight(part: Tensor, second_moment: Tensor, bits: int, op: LayerOp, search: RangeMethod) -> WeightQuant:

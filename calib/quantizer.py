@@ -14,8 +14,8 @@ from calib.observer import scaled_operands
 from calib.probe import AttentionMode, ModuleStack, removing
 from calib.sampling import TIMESTEP, broadcast_timestep
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights
-from dmqexport.quant_types import ActivationQuant, dequantize_weight
+from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights, remainder_name
+from dmqexport.quant_types import ActivationQuant, dequantize_weight, remainder_of
 
 
 @dataclass
@@ -43,7 +43,8 @@ class ActivationQuantizer(nn.Module):
     """Canonical activation quantizer (numerics of the graph): Mul rho, clip or shift, Q/DQ with a constant scale.
 
     `axis` is where the channels of the tensor lie (1 before a convolution, -1 before a linear layer); it matters only
-    to quantizers with a channel factor.
+    to quantizers with a channel factor. With `remainder`, what rounding leaves over is quantized too and added; the
+    graph multiplies both codes each on its own and adds the products.
     """
 
     rho: Tensor
@@ -53,10 +54,16 @@ class ActivationQuantizer(nn.Module):
     shift: Tensor
     correction: Tensor
     scale_ref: Tensor
+    remainder_scale: Tensor
 
-    def __init__(self, name: str, qparams: ActivationQuant, context: RowContext, axis: int = -1) -> None:
+    def __init__(
+        self, name: str, qparams: ActivationQuant, context: RowContext, axis: int = -1, remainder: bool = False
+    ) -> None:
         super().__init__()
         constants = qparams.constants()
+        self.remainder = remainder
+        rest = remainder_of(qparams).scale_ref if remainder else 0.0
+        self.register_buffer("remainder_scale", torch.tensor(rest, dtype=torch.float32), persistent=False)
         self.name, self.context, self.rows, self.axis = name, context, qparams.rows, axis
         self.has_rho, self.has_rescale = constants.has_rho, constants.has_rescale
         self.has_clip, self.has_shift = constants.has_clip, constants.has_shift
@@ -86,10 +93,16 @@ class ActivationQuantizer(nn.Module):
             tensor = torch.minimum(tensor, self.per_sample(self.hi, tensor))
         if self.has_shift:
             tensor = tensor + self.per_sample(self.shift, tensor)
-        codes = torch.round(tensor / self.scale_ref).clamp_(-128, 127)
+        values = self._rounded(tensor, self.scale_ref, self.name)
+        if not self.remainder:
+            return values
+        return values + self._rounded(tensor - values, self.remainder_scale, remainder_name(self.name))
+
+    def _rounded(self, tensor: Tensor, scale: Tensor, name: str) -> Tensor:
+        codes = torch.round(tensor / scale).clamp_(-128, 127)
         if self.context.codes is not None:
-            self.context.codes[self.name] = codes.to(torch.int8)
-        return codes * self.scale_ref
+            self.context.codes[name] = codes.to(torch.int8)
+        return codes * scale
 
     def rescale(self, output: Tensor) -> Tensor:
         """Undo the row's part of rho after the operator; a channel factor is undone by the weight."""
@@ -116,7 +129,7 @@ class QuantizedLayer(nn.Module):
             self.quantizers.append(
                 nn.Identity()
                 if segment.activation is None
-                else ActivationQuantizer(f"{plan.name}#{index}", segment.activation, context, axis)
+                else ActivationQuantizer(f"{plan.name}#{index}", segment.activation, context, axis, segment.remainder)
             )
         self.to(base.weight.device)
 

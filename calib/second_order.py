@@ -152,7 +152,7 @@ def _observe(
         quantizers = [
             None
             if segment.activation is None
-            else ActivationQuantizer(f"{layer.name}#{index}", segment.activation, context, place)
+            else ActivationQuantizer(f"{layer.name}#{index}", segment.activation, context, place, segment.remainder)
             for index, segment in enumerate(layer.segments)
         ]
 

@@ -24,7 +24,7 @@ from calib.quantizer import RowContext, swapped
 from calib.trainable_weight import TrainableWeight, WeightMode
 from dmqexport.errors import CalibrationError
 from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights
-from dmqexport.quant_types import CENTERED_ZERO_POINT, MAX_BITS, ActivationQuant, CodeArray
+from dmqexport.quant_types import CENTERED_ZERO_POINT, MAX_BITS, REMAINDER_STEPS, ActivationQuant, CodeArray
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ class TrainableActivation(nn.Module):
     zero_point: Tensor
     levels: Tensor
 
-    def __init__(self, name: str, plan: ActivationQuant, tables: Tables) -> None:
+    def __init__(self, name: str, plan: ActivationQuant, tables: Tables, remainder: bool = False) -> None:
         super().__init__()
-        self.name, self.plan = name, plan
+        self.name, self.plan, self.remainder = name, plan, remainder
         self.centered = _centered(plan)
         self.index = tables.add(plan)
         self._tables = [tables]  # in a list: not a child, or every quantizer would own all tables
@@ -167,7 +167,10 @@ class TrainableActivation(nn.Module):
         if self.plan.channel_factor is not None:
             factor = torch.from_numpy(self.plan.channel_factor.copy())
             values = values / (factor.reshape(-1, 1, 1) if values.ndim == 4 else factor)
-        result = fake_quantize(values, *self.qparams(tensor))
+        scale, zero_point, levels = self.qparams(tensor)
+        result = fake_quantize(values, scale, zero_point, levels)
+        if self.remainder:
+            result = result + fake_quantize(values - result, scale / REMAINDER_STEPS, zero_point, levels)
         self._last = (tensor, result)
         return result
 
@@ -297,8 +300,9 @@ class TrainableModel:
                 quantizers.append(None)
                 continue
             shared = self._shared.get((source, index))
-            if shared is None or not shared.plan.same_as(segment.activation):
-                shared = TrainableActivation(f"{plan.name}#{index}", segment.activation, self.tables)
+            rest = segment.remainder
+            if shared is None or shared.remainder != rest or not shared.plan.same_as(segment.activation):
+                shared = TrainableActivation(f"{plan.name}#{index}", segment.activation, self.tables, rest)
                 self._shared.setdefault((source, index), shared)
             quantizers.append(shared)
         self.layers[plan.name] = TrainableLayer(base, plan, codes, self.options, quantizers)

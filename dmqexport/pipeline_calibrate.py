@@ -23,11 +23,12 @@ from calib.sampling import TIMESTEP, CalibrationSet
 from calib.second_order import refinable, refine_weights
 from calib.step_ranges import step_ranges
 from calib.timestep_table import CLUSTER, PER_STEP, clustered, equal_groups, per_step, used_rows
+from dmqexport.errors import RecipeError
 from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_drawn import Drawing
 from dmqexport.pipeline_parts import Progress, chunks, make_parts
 from dmqexport.quant_plan import WEIGHT_CODES, Allocation, ChannelFold, QuantPlan, QuantWeights
-from dmqexport.quant_types import BitWidths
+from dmqexport.quant_types import MAX_BITS, BitWidths
 from dmqexport.workspace import StageRecord, content_key
 
 #: Raise a stage's number when its result changes for the same inputs, so that old work folders are not reused.
@@ -302,6 +303,22 @@ class Calibration(Drawing):
         chosen = self.recipe.quantization.boundary
         return tuple(self.model.family.boundary if chosen is None else chosen)
 
+    def remainders(self, bits: Mapping[str, LayerBits]) -> tuple[str, ...]:
+        """Layers with 8-bit activations whose remainders are quantized too.
+
+        Raises RecipeError for a pattern of the recipe that matches no such layer.
+        """
+        chosen = self.recipe.quantization.remainder
+        patterns = self.model.family.first_layers if chosen is None else chosen
+        eight = [name for name, item in bits.items() if item.widths is not None and item.widths.activation == MAX_BITS]
+        for pattern in chosen or ():
+            if not any(fnmatchcase(name, pattern) for name in eight):
+                raise RecipeError(
+                    f"quantization.remainder: {pattern!r} matches no layer with 8-bit activations",
+                    hint="quantization.overrides gives layers 8 bits, for example {conv_in: w4a8}",
+                )
+        return tuple(name for name in eight if any(fnmatchcase(name, pattern) for pattern in patterns))
+
     @cached_property
     def planned(self) -> StageRecord:
         """QuantPlan and weight codes, nothing trained."""
@@ -313,6 +330,7 @@ class Calibration(Drawing):
             "layers": {name: str(item) for name, item in self.layer_bits.items()},
             "allocation": self.allocation_fingerprint,
             "quantization": quantization.model_dump(mode="json"),
+            "remainders": self.remainders(self.layer_bits),
             "row_bits": None if self.row_bits is None else self.row_bits.offsets.tolist(),
             **self.refining_key,
         }
@@ -373,10 +391,11 @@ class Calibration(Drawing):
         provisional: layers whose weights are rounded anew and are not worth a search here; bits: None for `layer_bits`.
         """
         quantization = self.recipe.quantization
+        bits = self.layer_bits if bits is None else bits
         return freeze(
             self.model.denoiser,
             self.probe_result,
-            self.layer_bits if bits is None else bits,
+            bits,
             load_statistics(self.calibrated.path / "statistics.safetensors"),
             self.row_map,
             quantization.attention_bits,
@@ -390,6 +409,7 @@ class Calibration(Drawing):
             row_bits=row_bits,
             timestep_scale=self.model.family.timestep_scale,
             provisional=provisional,
+            remainders=self.remainders(bits),
             weight_of=self.model.weight,
         )
 

@@ -29,6 +29,7 @@ def check_recipe(recipe: Recipe, model: LoadedModel) -> None:
         ("boundary", quantization.boundary or ()),
         ("overrides", tuple(quantization.overrides)),
         ("keep_float", quantization.keep_float),
+        ("remainder", quantization.remainder or ()),
     ):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):

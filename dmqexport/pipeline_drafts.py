@@ -33,6 +33,7 @@ class Drafting(Calibration):
             "statistics": self.calibrated.fingerprint,
             "layers": {name: str(item) for name, item in bits.items()},
             "attention": quantization.attention_bits,
+            "remainders": self.remainders(bits),
             "range": quantization.range,
         }
         return self.workspace.stage("draft", key, lambda folder: self.frozen(folder, None, bits=bits).save(folder))

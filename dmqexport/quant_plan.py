@@ -27,6 +27,7 @@ from dmqexport.quant_types import (
     WeightQuant,
     check_channel_factor,
     frozen_array,
+    remainder_of,
 )
 
 SCHEMA_VERSION = 1
@@ -47,13 +48,15 @@ class Segment:
     """One slice [start, stop) of a layer's input channels with its own quantizers.
 
     A plain layer has one segment; a layer that reads a concat has one a half (their ranges differ). `activation` is
-    None for weight-only quantization.
+    None for weight-only quantization. With `remainder`, what rounding the activation leaves over is quantized too
+    (`quant_types.remainder_of`) and multiplied with the same weight: two int8 products that together see 16 bits.
     """
 
     start: int
     stop: int
     weight: WeightQuant
     activation: ActivationQuant | None
+    remainder: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class LayerQuant:
             if left.stop != right.start:
                 raise ValueError(f"{self.name}: segments leave a gap at channel {left.stop}")
         for segment in self.segments:
+            if segment.remainder and segment.activation is None:
+                raise ValueError(f"{self.name}: float activations leave no remainder")
+            if segment.remainder and segment.activation is not None:
+                remainder_of(segment.activation)
             factor = None if segment.activation is None else segment.activation.channel_factor
             if factor is not None and len(factor) != segment.stop - segment.start:
                 raise ValueError(
@@ -103,9 +110,19 @@ class LayerQuant:
 
     @property
     def mean_activation_bits(self) -> float | None:
-        """Nominal activation bits, the mean over rows where these differ; None for float."""
+        """Nominal activation bits, the mean over rows where these differ, a remainder's added; None for float."""
         activation = self.segments[0].activation
-        return None if activation is None else float(activation.widths.mean())
+        return None if activation is None else float(activation.widths.mean()) * (2 if self.has_remainder else 1)
+
+    @property
+    def has_remainder(self) -> bool:
+        """Whether the remainders of its activations are quantized too."""
+        return any(segment.remainder for segment in self.segments)
+
+
+def remainder_name(operand: str) -> str:
+    """What the remainder of the activation `layer#segment` is called in graphs and simulations."""
+    return f"{operand}/remainder"
 
 
 @dataclass(frozen=True)
@@ -360,7 +377,8 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
             arrays[f"{key}.weight_scale"] = np.asarray(segment.weight.scale)
             arrays[f"{key}.weight_zero_point"] = np.asarray(segment.weight.zero_point)
             activation = None if segment.activation is None else activation_entry(key, segment.activation)
-            segments.append({"start": segment.start, "stop": segment.stop, "activation": activation})
+            entry = {"start": segment.start, "stop": segment.stop, "activation": activation}
+            segments.append({**entry, "remainder": True} if segment.remainder else entry)
         if layer.bias is not None:
             arrays[f"{layer.name}.bias"] = np.asarray(layer.bias)
         layers.append(
@@ -444,9 +462,8 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
             weight = WeightQuant(
                 int(item["weight_bits"]), arrays[f"{key}.weight_scale"], arrays[f"{key}.weight_zero_point"]
             )
-            segments.append(
-                Segment(int(segment["start"]), int(segment["stop"]), weight, activation(key, segment["activation"]))
-            )
+            span, found = (int(segment["start"]), int(segment["stop"])), activation(key, segment["activation"])
+            segments.append(Segment(*span, weight, found, bool(segment.get("remainder", False))))
         bias = arrays[f"{item['name']}.bias"] if item.get("bias_trained") else None
         operator = LayerOp(item["op"])
         layers.append(

@@ -25,6 +25,8 @@ MIN_BITS = 2
 MAX_BITS = 8
 #: Code of real zero in an 8-bit tensor without shift: the int8 range [-128, 127].
 CENTERED_ZERO_POINT = 128
+#: Codes that a remainder has for one step of the quantizer that left it: ±127 of them span the half step either way.
+REMAINDER_STEPS = 254
 
 
 def frozen_array(values: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -222,6 +224,25 @@ class RowConstants:
     has_rescale: bool
     has_clip: bool
     has_shift: bool
+
+
+def remainder_of(first: ActivationQuant) -> ActivationQuant:
+    """The quantizer of what rounding with `first`, 8 bits and not shifted, leaves over.
+
+    It reads first's own product x · rho minus the dequantized codes, so that neither is multiplied again: with one
+    constant scale, scale_ref / 254, its codes are those of the remainder of every row and channel. The sum of both
+    codes' values is x to a 65,024th of the range, 16 bits from two int8 tensors.
+    Raises ValueError for a quantizer that has other bits or a shift.
+    """
+    if first.bits != MAX_BITS or bool(np.any(first.zero_point != CENTERED_ZERO_POINT)):
+        raise ValueError("only centered 8-bit codes can have a remainder")
+    return ActivationQuant(
+        MAX_BITS,
+        first.scale / np.float32(REMAINDER_STEPS),
+        first.zero_point,
+        float(np.float32(first.scale_ref) / np.float32(REMAINDER_STEPS)),
+        first.channel_factor,
+    )
 
 
 def quantize_weight(weight: FloatArray, qparams: WeightQuant) -> CodeArray:

@@ -97,6 +97,11 @@ class QuantizationRecipe(Section):
     keep_float: tuple[str, ...] = ()
     attention_bits: int | None = Field(default=None, ge=2, le=8, description="null leaves attention matmuls in float")
     split_concat: bool = True
+    remainder: tuple[str, ...] | None = Field(
+        default=None,
+        description="layers whose 8-bit activations are followed by what their rounding leaves over, in 8 bits more: "
+        "two int8 products instead of one, 16 bits of precision; null: those that read the sample",
+    )
     range: Literal["mse", "minmax"] = Field(
         default="mse", description="mse: ranges of least squared error; minmax: all that was observed, as a baseline"
     )

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from dmqexport.quant_plan import remainder_name
+
 MODULE_KEY = "dmqexport.module"
 ROLE_KEY = "dmqexport.role"
 SEGMENT_KEY = "dmqexport.segment"
+REMAINDER_KEY = "dmqexport.remainder"
 _SHARED_BYTES = 64  # larger constants are never compared with each other
 
 
@@ -17,6 +20,7 @@ class Role(StrEnum):
     """Part that a node plays in the layer named by its `dmqexport.module`."""
 
     COMPUTE = "compute"
+    SUM = "sum"
     BIAS = "bias"
     QUERY_KEY = "query_key"
     SOFTMAX = "softmax"
@@ -39,12 +43,25 @@ def segment_of(node: ir.Node) -> int:
     return int(node.metadata_props.get(SEGMENT_KEY, "0"))
 
 
-def tag(node: ir.Node, module: str, role: Role, segment: int = 0) -> None:
+def is_remainder(node: ir.Node) -> bool:
+    """Whether this node multiplies what the rounding of its segment's activation leaves over."""
+    return REMAINDER_KEY in node.metadata_props
+
+
+def operand_name(node: ir.Node) -> str:
+    """What the activation of a compute node is called: `layer#segment`, or that segment's remainder."""
+    operand = f"{module_of(node)}#{segment_of(node)}"
+    return remainder_name(operand) if is_remainder(node) else operand
+
+
+def tag(node: ir.Node, module: str, role: Role, segment: int = 0, *, remainder: bool = False) -> None:
     """Mark `node` as part of `module`."""
     node.metadata_props[MODULE_KEY] = module
     node.metadata_props[ROLE_KEY] = role.value
     if segment:
         node.metadata_props[SEGMENT_KEY] = str(segment)
+    if remainder:
+        node.metadata_props[REMAINDER_KEY] = "1"
 
 
 def is_constant(value: ir.Value | None) -> bool:

@@ -1,12 +1,13 @@
 """Match the plan's layers with the graph's nodes, one to one, and say loudly what does not match."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from dmqexport.errors import BindingError
-from dmqexport.quant_plan import LayerOp, QuantPlan
-from passes.base import Role, module_of, role_of, segment_of
+from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, Segment
+from dmqexport.quant_types import remainder_of
+from passes.base import Role, is_remainder, module_of, role_of, segment_of
 
 _LOWERED = ("MatMulIntegerToFloat", "ConvInteger")
 _OPS = {LayerOp.CONV: ("Conv", *_LOWERED), LayerOp.LINEAR: ("MatMul", "Gemm", "MatMulNBits", *_LOWERED)}
@@ -14,11 +15,28 @@ _OPS = {LayerOp.CONV: ("Conv", *_LOWERED), LayerOp.LINEAR: ("MatMul", "Gemm", "M
 
 @dataclass(frozen=True, eq=False)
 class LayerNodes:
-    """The nodes of one layer: one compute node a segment, and the Add of its bias if that is a node of its own."""
+    """The nodes of one layer: one compute node a segment, one more for its remainder, and the Add of its bias if that
+    is a node of its own."""
 
     name: str
     compute: tuple[ir.Node, ...]
     bias: ir.Node | None
+    total: ir.Node | None = None
+
+    def pairs(self, plan: LayerQuant) -> list[tuple[ir.Node, Segment]]:
+        """Every compute node with its segment; that of a remainder has the remainder's quantizer."""
+        found = []
+        for node in self.compute:
+            segment = plan.segments[segment_of(node)]
+            if is_remainder(node) and segment.activation is not None:
+                segment = replace(segment, activation=remainder_of(segment.activation), remainder=False)
+            found.append((node, segment))
+        return found
+
+    @property
+    def result(self) -> ir.Node:
+        """The node that makes the layer's output."""
+        return self.bias or self.total or self.compute[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +60,7 @@ def graph_layers(graph: ir.Graph) -> dict[str, LayerNodes]:
     """Every layer of the graph that has a constant weight, by module name, in graph order."""
     compute: dict[str, list[ir.Node]] = {}
     bias: dict[str, ir.Node] = {}
+    total: dict[str, ir.Node] = {}
     for node in graph:
         module, role = module_of(node), role_of(node)
         if module is None:
@@ -50,8 +69,15 @@ def graph_layers(graph: ir.Graph) -> dict[str, LayerNodes]:
             compute.setdefault(module, []).append(node)
         elif role is Role.BIAS:
             bias[module] = node
+        elif role is Role.SUM:
+            total[module] = node
+
+    def order(node: ir.Node) -> tuple[int, bool]:
+        return segment_of(node), is_remainder(node)
+
     return {
-        name: LayerNodes(name, tuple(sorted(nodes, key=segment_of)), bias.get(name)) for name, nodes in compute.items()
+        name: LayerNodes(name, tuple(sorted(nodes, key=order)), bias.get(name), total.get(name))
+        for name, nodes in compute.items()
     }
 
 
@@ -83,8 +109,9 @@ def bind(model: ir.Model, plan: QuantPlan) -> Bindings:
         if nodes is None:
             problems.append(f"plan: {layer.name} has no node in the graph")
             continue
-        if len(nodes.compute) not in (1, len(layer.segments)):
-            problems.append(f"plan: {layer.name} has {len(nodes.compute)} nodes, expected 1 or {len(layer.segments)}")
+        own = sum(not is_remainder(node) for node in nodes.compute)
+        if own not in (1, len(layer.segments)):
+            problems.append(f"plan: {layer.name} has {own} nodes, expected 1 or {len(layer.segments)}")
         for node in nodes.compute:
             if node.op_type not in _OPS[layer.op]:
                 problems.append(f"plan: {layer.name} is a {layer.op.value}, the graph has {node.op_type}")

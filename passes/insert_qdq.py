@@ -1,6 +1,6 @@
 """Insert Q/DQ pairs and the constants around them: the canonical quantized operator."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -8,23 +8,38 @@ import onnx_ir as ir
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights
-from dmqexport.quant_types import ActivationQuant, RowConstants, dequantize_weight
-from passes.base import Builder, Role, constant_array, is_constant, rank_of, redirect, segment_of, tag, take_name
+from dmqexport.quant_types import ActivationQuant, RowConstants, dequantize_weight, remainder_of
+from passes.base import (
+    Builder,
+    Role,
+    constant_array,
+    is_constant,
+    is_remainder,
+    operand_name,
+    rank_of,
+    redirect,
+    segment_of,
+    tag,
+    take_name,
+)
 from passes.bind import AttentionNodes, LayerNodes, bind
 from passes.weight_storage import PACKED_BITS, nominal_weight, signed_weight, weight_axis
 
 ROW = "dmqexport/row"
 ROW_MAP = "dmqexport/row_map"
 TIMESTEP = "timestep"
-#: Ends of the names of a quantizer's product with rho, and of its codes.
-SCALED, CODES = "/scaled", "/codes"
+#: Ends of the names of a quantizer's product with rho, of its codes, and of what these stand for.
+SCALED, CODES, DEQUANTIZED = "/scaled", "/codes", "/dequantized"
+#: End of the name of what rounding leaves over.
+LEFT_OVER = "/left_over"
 
 
 @dataclass(frozen=True, eq=False)
 class _Quantized:
-    """A dequantized activation and the constants that its operator's output needs."""
+    """A dequantized activation, what was rounded to it, and the constants that its operator's output needs."""
 
     value: ir.Value
+    scaled: ir.Value
     constants: RowConstants
     inv_rho: ir.Value | None
     correction: ir.Value | None
@@ -88,10 +103,11 @@ class _Insertion:
             and (segment.activation.constants().has_rescale or segment.activation.constants().has_shift)
             for segment in plan.segments
         )
+        quantized: _Quantized | None = None
         for node in nodes.compute:
             index = segment_of(node)
             segment = plan.segments[index]
-            name = f"{plan.name}#{index}"
+            name = operand_name(node)
             conv = plan.op is LayerOp.CONV
             node.replace_input_with(1, self._weight(name, node, plan, index))
             bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
@@ -110,7 +126,11 @@ class _Insertion:
             if padded:
                 source = self._pad(source, node, name)
             rank, axis = (4, 1) if conv else (rank_of(source), -1)
-            quantized = self._activation(source, segment.activation, name, node, rank, axis)
+            if is_remainder(node):
+                assert quantized is not None, "a remainder follows its own segment"
+                quantized = self._remainder(quantized, segment.activation, name, node)
+            else:
+                quantized = self._activation(source, segment.activation, name, node, rank, axis)
             node.replace_input_with(0, quantized.value)
             sums: ir.Value | None = None
             if quantized.correction is not None:
@@ -168,7 +188,7 @@ class _Insertion:
             amounts = self._builder.shape([0, 0, pads[0], pads[1], 0, 0, pads[2], pads[3]])
             padded = self._builder.node("Pad", [source, amounts], f"{name}/padded", before=node, dtype=source.dtype)
             self._done[key] = _Quantized(
-                padded.outputs[0], ActivationQuant.from_rows(8, [1.0], [0]).constants(), None, None
+                padded.outputs[0], padded.outputs[0], ActivationQuant.from_rows(8, [1.0], [0]).constants(), None, None
             )
         node.attributes["pads"] = ir.AttrInt64s("pads", [0, 0, 0, 0])
         return self._done[key].value
@@ -202,20 +222,36 @@ class _Insertion:
             step("Min", constants.hi, "hi_clipp", "/hi_clipped")
         if constants.has_shift:
             step("Add", constants.shift, "shift", "/shifted")
-        scale = builder.scalar(constants.scale_ref, f"{name}/scale")
-        zero = builder.constant(np.array(0, dtype=np.int8), "dmqexport/zero")
-        codes = builder.node(
-            "QuantizeLinear", [value, scale, zero], name + CODES, before=node, like=source, dtype=ir.DataType.INT8
-        )
-        result = builder.node(
-            "DequantizeLinear", [codes.outputs[0], scale, zero], f"{name}/dequantized", before=node, like=source
-        )
         self._done[key] = _Quantized(
-            result.outputs[0],
+            self._rounded(value, constants.scale_ref, name, node),
+            value,
             constants,
             self._column(constants.inv_rho, f"{name}/inv_rho", rank) if constants.has_rescale else None,
             self._column(constants.correction, f"{name}/correction", rank) if constants.has_shift else None,
         )
+        return self._done[key]
+
+    def _rounded(self, value: ir.Value, scale: float, name: str, node: ir.Node) -> ir.Value:
+        """Q/DQ with one constant scale and an int8 zero."""
+        builder = self._builder
+        step = builder.scalar(scale, f"{name}/scale")
+        zero = builder.constant(np.array(0, dtype=np.int8), "dmqexport/zero")
+        codes = builder.node(
+            "QuantizeLinear", [value, step, zero], name + CODES, before=node, like=value, dtype=ir.DataType.INT8
+        )
+        return builder.node(
+            "DequantizeLinear", [codes.outputs[0], step, zero], name + DEQUANTIZED, before=node, like=value
+        ).outputs[0]
+
+    def _remainder(self, first: _Quantized, qparams: ActivationQuant, name: str, node: ir.Node) -> _Quantized:
+        """Quantize what the codes of `first`, whose quantizer is `qparams`, leave over of what was rounded to them."""
+        key = ("remainder", first.value)
+        if key not in self._done:
+            rest = self._builder.node(
+                "Sub", [first.scaled, first.value], name + LEFT_OVER, before=node, like=first.value
+            ).outputs[0]
+            value = self._rounded(rest, remainder_of(qparams).scale_ref, name, node)
+            self._done[key] = replace(first, value=value, scaled=rest)
         return self._done[key]
 
     def _column(self, table: np.ndarray, name: str, rank: int, axis: int = -1) -> ir.Value:

@@ -18,6 +18,7 @@ from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
 from passes.lower.weight_only import LowerWeightOnly
 from passes.row_group_norm import RowGroupNorm
 from passes.split_concat import SplitConcat
+from passes.split_remainder import SplitRemainder
 from passes.unpad_shifted import UnpadShifted
 from passes.verify_qdq import VerifyQDQ
 
@@ -32,6 +33,7 @@ def canonical(plan: QuantPlan, weights: QuantWeights, narrow_boundary: frozenset
     return ir.passes.Sequential(
         GemmToMatMul(),
         SplitConcat(plan),
+        SplitRemainder(plan),
         KeepBoundary8Bit(plan, narrow_boundary),
         InsertQDQ(plan, weights),
         GatherTimestepScale(),

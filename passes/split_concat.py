@@ -26,7 +26,7 @@ class SplitConcat(ir.passes.InPlacePass):
         modified = False
         for layer in self._plan.layers:
             nodes = bindings.layers[layer.name]
-            if len(layer.segments) == 1 or len(nodes.compute) == len(layer.segments):
+            if len(layer.segments) == 1 or len(nodes.compute) > 1:
                 continue
             node = nodes.compute[0]
             concat = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -66,9 +66,11 @@ class SplitConcat(ir.passes.InPlacePass):
                 if total is None:
                     total = conv.outputs[0]
                 else:
-                    total = builder.node(
+                    add = builder.node(
                         "Add", [total, conv.outputs[0]], f"{layer.name}/sum{index}", before=node, like=output
-                    ).outputs[0]
+                    )
+                    tag(add, layer.name, Role.SUM)
+                    total = add.outputs[0]
             assert total is not None
             bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
             if bias is not None:

@@ -13,8 +13,7 @@ def layer_outputs(model: ir.Model) -> dict[str, str]:
     """Name of the value that is each weighted layer's result (after its bias), by module. Same names in every graph."""
     result: dict[str, str] = {}
     for name, nodes in graph_layers(model.graph).items():
-        node = nodes.bias if nodes.bias is not None else nodes.compute[-1]
-        result[name] = str(node.outputs[0].name)
+        result[name] = str(nodes.result.outputs[0].name)
     return result
 
 

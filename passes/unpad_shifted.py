@@ -47,7 +47,7 @@ class UnpadShifted(ir.passes.InPlacePass):
         for layer in self._plan.layers:
             if layer.op is not LayerOp.CONV:
                 continue
-            for node, segment in zip(bindings.layers[layer.name].compute, layer.segments, strict=True):
+            for node, segment in bindings.layers[layer.name].pairs(layer):
                 pad, shift_sum = _pad_above(node), _shift_sum(node)
                 if segment.activation is None or pad is None or shift_sum is None:
                     continue

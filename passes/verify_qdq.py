@@ -5,9 +5,9 @@ import onnx_ir as ir
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import ActivationQuant
-from passes.base import constant_array, module_of
+from passes.base import constant_array, is_remainder, module_of, segment_of
 from passes.bind import bind
-from passes.insert_qdq import CODES, SCALED
+from passes.insert_qdq import CODES, DEQUANTIZED, LEFT_OVER, SCALED
 
 
 class VerifyQDQ(ir.passes.InPlacePass):
@@ -28,11 +28,15 @@ class VerifyQDQ(ir.passes.InPlacePass):
         expected = 0
         for layer in self._plan.layers:
             nodes = bindings.layers[layer.name]
-            if len(nodes.compute) != len(layer.segments):
-                problems.append(f"{layer.name}: {len(nodes.compute)} operators for {len(layer.segments)} segments")
+            operators = sum(1 + segment.remainder for segment in layer.segments)
+            if len(nodes.compute) != operators:
+                problems.append(f"{layer.name}: {len(nodes.compute)} operators for {operators} segments and remainders")
                 continue
-            for node, segment in zip(nodes.compute, layer.segments, strict=True):
+            operands = {segment_of(node): node.inputs[0] for node in nodes.compute if not is_remainder(node)}
+            for node, segment in nodes.pairs(layer):
                 expected += 1
+                if is_remainder(node) and _left_over_by(node) is not operands[segment_of(node)]:
+                    problems.append(f"{layer.name}: its second product does not read what the first one's codes leave")
                 if not _dequantized(node, 1):
                     problems.append(f"{layer.name}: weight in float")
                 if _dequantized(node, 0) != (segment.activation is not None):
@@ -55,6 +59,17 @@ class VerifyQDQ(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, False)
 
 
+def _left_over_by(node: ir.Node) -> ir.Value | None:
+    """The dequantized tensor that was subtracted before an operand was quantized."""
+    value = node.inputs[0]
+    for op_type in ("DequantizeLinear", "QuantizeLinear", "Sub"):
+        producer = None if value is None else value.producer()
+        if producer is None or producer.op_type != op_type:
+            return None
+        value = producer.inputs[1 if op_type == "Sub" else 0]
+    return value
+
+
 def _factors_as_planned(node: ir.Node, planned: ActivationQuant) -> bool:
     """Whether the quantizer above a dequantized operand multiplies each channel on its own, if and only if planned."""
     channels = 1 if planned.channel_factor is None else len(planned.channel_factor)
@@ -63,6 +78,10 @@ def _factors_as_planned(node: ir.Node, planned: ActivationQuant) -> bool:
     while value is not None and (producer := value.producer()) is not None:
         if producer.op_type == "QuantizeLinear":
             owner = str(producer.name).removesuffix(CODES)
+        elif producer.name == owner + LEFT_OVER:
+            first = producer.inputs[1]
+            maker = None if first is None else first.producer()
+            owner = "" if maker is None else str(maker.name).removesuffix(DEQUANTIZED)  # what left it over
         elif producer.op_type != "DequantizeLinear" and not str(producer.name).startswith(f"{owner}/"):
             break  # above here lies the float graph, with products of its own
         elif producer.name == owner + SCALED:

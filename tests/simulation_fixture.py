@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from calib.probe import ProbeResult, probe
 from calib.quantizer import ActivationQuantizer, QuantizedAttention, QuantizedLayer, RowContext
 from dmqexport.onnx_export import export_float_graph
-from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_plan import (
+    AttentionQuant,
+    LayerOp,
+    LayerQuant,
+    QuantPlan,
+    QuantWeights,
+    Segment,
+    remainder_name,
+)
 from dmqexport.quant_types import ActivationQuant, WeightQuant, quantize_weight
 from passes.pipelines import canonical, float_cleanup
 
@@ -234,6 +242,7 @@ class PlanSampler:
         self.random = np.random.default_rng(seed)
         self.rows = rows
         self.row_map = self.random.integers(0, rows, TIMESTEPS)
+        self.remaining = np.random.default_rng([seed, 1])  # of its own: the plans of old seeds stay what they were
 
     def activation(
         self, bits: int, low: float, high: float, *, centered: bool = False, channels: int | None = None
@@ -302,7 +311,9 @@ class PlanSampler:
                     if key not in shared or self.random.random() < 0.3:
                         shared[key] = self.activation(activation_bits, low, high, channels=stop - start)
                     activation = shared[key]
-                segments.append(Segment(start, stop, qparams, activation))
+                centered = activation is not None and activation.bits == 8 and set(activation.zero_point) == {128}
+                remainder = centered and bool(self.remaining.random() < 0.7)
+                segments.append(Segment(start, stop, qparams, activation, remainder))
             own = self.exported.denoiser.get_submodule(info.name).bias
             trained = own is not None and self.random.random() < 0.5
             bias = own.detach().numpy() + self.random.normal(0, 0.1, own.shape) if trained else None
@@ -435,22 +446,30 @@ def tap(compute: ir.Node, operand: int = 0) -> Tap | None:
 
 
 def quantizer_taps(model: ir.Model, plan: QuantPlan) -> dict[str, Tap]:
-    """The taps of every quantizer by its name in the plan; a layer with float activations has its input three times."""
-    computes: dict[tuple[str, int], ir.Node] = {}
+    """The taps of every quantizer by its name in the plan, and those of remainders; a layer with float activations has
+    its input three times."""
+    computes: dict[tuple[str, int, bool], ir.Node] = {}
     matmuls: dict[tuple[str, str], ir.Node] = {}
     for node in model.graph:
         module, role = node.metadata_props.get("dmqexport.module"), node.metadata_props.get("dmqexport.role")
         if module is not None and role == "compute":
-            computes[module, int(node.metadata_props.get("dmqexport.segment", "0"))] = node
+            remainder = "dmqexport.remainder" in node.metadata_props
+            computes[module, int(node.metadata_props.get("dmqexport.segment", "0")), remainder] = node
         elif module is not None and role in ("query_key", "probability_value"):
             matmuls[module, role] = node
     taps: dict[str, Tap] = {}
     for layer in plan.layers:
         for index, segment in enumerate(layer.segments):
-            found = tap(computes[layer.name, index])
+            found = tap(computes[layer.name, index, False])
             assert (found is not None) == (segment.activation is not None)
+            rest = computes.get((layer.name, index, True))
+            assert (rest is not None) == segment.remainder
+            if rest is not None:
+                left = tap(rest)
+                assert left is not None
+                taps[remainder_name(f"{layer.name}#{index}")] = left
             if found is None:
-                source = computes[layer.name, index].inputs[0]
+                source = computes[layer.name, index, False].inputs[0]
                 assert source is not None
                 found = Tap(source, source, source)
             taps[f"{layer.name}#{index}"] = found
@@ -524,14 +543,16 @@ def teacher_forced(
     def compare_codes(name: str, quantizer: ActivationQuantizer) -> None:
         context.codes = {}
         quantizer(tensor(taps[name].padded))
-        agreement.add_codes(context.codes[quantizer.name], results[str(taps[name].codes.name)])
+        for made, codes in context.codes.items():
+            agreement.add_codes(codes, results[str(taps[made].codes.name)])
         context.codes = None
 
     with torch.no_grad():
         for name, activation in plan.activations():
             layer = next((item for item in plan.layers if name.startswith(f"{item.name}#")), None)
             axis = 1 if layer is not None and layer.op is LayerOp.CONV else -1
-            compare_codes(name, ActivationQuantizer(name, activation, context, axis))
+            rest = layer is not None and layer.segments[int(name.rpartition("#")[2])].remainder
+            compare_codes(name, ActivationQuantizer(name, activation, context, axis, rest))
         for layer in plan.layers:
             base = exported.denoiser.get_submodule(layer.name)
             assert isinstance(base, (nn.Conv2d, nn.Linear))

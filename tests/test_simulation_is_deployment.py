@@ -41,7 +41,7 @@ from calib.timestep_table import equal_groups, used_rows
 from dmqexport.models import emoji
 from dmqexport.models.family import bind_call
 from dmqexport.models.unet2d_condition import UNet2DConditionFamily
-from dmqexport.quant_plan import QuantWeights
+from dmqexport.quant_plan import QuantPlan, QuantWeights
 from dmqexport.quant_types import BitWidths
 
 FAMILY = UNet2DConditionFamily({"sample_size": 8, "in_channels": 4, "cross_attention_dim": 128})
@@ -86,6 +86,11 @@ def check_outputs(agreement: Agreement, tolerance: float = OUTPUT_TOLERANCE) -> 
     assert not far
 
 
+def quantizers(plan: QuantPlan) -> int:
+    """How many, those of remainders too."""
+    return len(plan.activations()) + sum(segment.remainder for layer in plan.layers for segment in layer.segments)
+
+
 ROWS = (1, 2, 10, 50)
 ATTENTION_BITS = (None, 8, 6, 4)
 
@@ -96,7 +101,7 @@ def test_random_plans_teacher_forced(deep: Exported, tmp_path: Path, seed: int) 
     sampler = PlanSampler(deep, seed, ROWS[seed % 4])
     plan = sampler.plan(tmp_path / "codes", attention_bits=ATTENTION_BITS[seed // 4 % 4])
     agreement, _ = teacher_forced(deep, plan, tmp_path / "codes", random_inputs(1 + seed % 5, seed))
-    assert agreement.quantizers == len(plan.activations())
+    assert agreement.quantizers == quantizers(plan)
     check(agreement)
 
 
@@ -108,7 +113,7 @@ def test_every_pair_of_widths_teacher_forced(
     sampler = PlanSampler(shallow, 100 * weight_bits + (activation_bits or 0), 5)
     plan = sampler.plan(tmp_path / "codes", bits=(weight_bits, activation_bits), attention_bits=activation_bits)
     agreement, _ = teacher_forced(shallow, plan, tmp_path / "codes", random_inputs(4, weight_bits))
-    assert agreement.quantizers == len(plan.activations())
+    assert agreement.quantizers == quantizers(plan)
     check(agreement) if plan.activations() else check_outputs(agreement)
 
 

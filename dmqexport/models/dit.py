@@ -15,6 +15,7 @@ class DiTFamily(DiffusersFamily):
     input_names: tuple[str, ...] = ("hidden_states", "timestep", "class_labels")
     positional: tuple[str, ...] = ("hidden_states", "timestep", "class_labels")
     boundary: tuple[str, ...] = ("pos_embed.proj", "proj_out_2", "*.norm1.emb.*")
+    first_layers: tuple[str, ...] = ("pos_embed.proj",)
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         """Raises ModelError for the other transformers that were published under the same class name."""

@@ -56,6 +56,8 @@ class Family(Protocol):
     returns_tensor: bool
     #: glob patterns of the layers that stay at 8 bit (first, last, time embedding).
     boundary: tuple[str, ...]
+    #: glob patterns of the layers that read what is denoised.
+    first_layers: tuple[str, ...]
     #: channels of the prediction that steer sampling; what exceeds them is a learned variance.
     prediction_channels: int | None
     #: the condition that means none, in models conditioned on a class; None without classes.
@@ -95,6 +97,7 @@ class DiffusersFamily:
     blocks: tuple[str, ...] = ()
     dynamic_axes: Mapping[str, Mapping[int, str]] = MappingProxyType({})
     returns_tensor = False
+    first_layers: tuple[str, ...] = ()
 
     def planes(self, sample: Tensor) -> Tensor:
         """The sample itself: it is a picture, or latents laid out as one."""

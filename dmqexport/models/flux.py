@@ -28,6 +28,7 @@ class FluxFamily(DiffusersFamily):
     float_timestep = True
     timestep_scale = 1000.0
     boundary: tuple[str, ...] = ("x_embedder", "proj_out", "time_text_embed.*", "context_embedder")
+    first_layers: tuple[str, ...] = ("x_embedder",)
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         """Raises ModelError for latents that cannot be packed."""

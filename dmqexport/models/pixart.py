@@ -18,6 +18,7 @@ class PixArtFamily(DiffusersFamily):
     embeddings: tuple[str, ...] = ("encoder_hidden_states",)
     input_names: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "encoder_attention_mask", "timestep")
     boundary: tuple[str, ...] = ("pos_embed.proj", "proj_out", "adaln_single.*", "caption_projection.linear_1")
+    first_layers: tuple[str, ...] = ("pos_embed.proj",)
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         """Raises ModelError for micro-conditions on resolution and aspect ratio."""

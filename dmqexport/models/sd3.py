@@ -18,6 +18,7 @@ class SD3Family(DiffusersFamily):
     embeddings: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
     float_timestep = True
     boundary: tuple[str, ...] = ("pos_embed.proj", "proj_out", "time_text_embed.*", "context_embedder")
+    first_layers: tuple[str, ...] = ("pos_embed.proj",)
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         self._shape = sample_shape(config, size)

@@ -14,6 +14,7 @@ class UNet2DFamily(DiffusersFamily):
     component = "unet"
     positional: tuple[str, ...] = ("sample", "timestep", "class_labels")
     boundary: tuple[str, ...] = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
+    first_layers: tuple[str, ...] = ("conv_in",)
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         """Raises ModelError for labels that are not numbers of classes."""

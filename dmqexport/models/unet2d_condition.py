@@ -20,6 +20,7 @@ class UNet2DConditionFamily(DiffusersFamily):
     positional: tuple[str, ...] = ("sample", "timestep", "encoder_hidden_states")
     nested: Mapping[str, str]
     boundary: tuple[str, ...]
+    first_layers: tuple[str, ...] = ("conv_in",)
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
         """Raises ModelError for conditions other than one text and SDXL's added pair."""

@@ -47,7 +47,7 @@ class LowerOpenVINO(ir.passes.InPlacePass):
         builder = Builder(model.graph)
         modified = False
         for layer in self._plan.layers:
-            for node, segment in zip(bindings.layers[layer.name].compute, layer.segments, strict=True):
+            for node, segment in bindings.layers[layer.name].pairs(layer):
                 dequantize = _dequantizer(node)
                 if segment.activation is None or dequantize is None:
                     continue

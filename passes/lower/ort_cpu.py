@@ -29,7 +29,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import AttentionQuant, LayerOp, QuantPlan, QuantWeights, Segment
 from dmqexport.quant_types import MAX_BITS, ActivationQuant, CodeArray
-from passes.base import Builder, Role, constant_array, redirect, segment_of, tag, take_name
+from passes.base import Builder, Role, constant_array, is_remainder, operand_name, redirect, segment_of, tag, take_name
 from passes.bind import AttentionNodes, LayerNodes, bind
 
 CONTRIB_DOMAIN = "com.microsoft"
@@ -69,7 +69,7 @@ class LowerOrtCpu(ir.passes.InPlacePass):
         modified = False
         for layer in self._plan.layers:
             nodes = bindings.layers[layer.name]
-            for segment, node in zip(layer.segments, nodes.compute, strict=True):
+            for node, segment in nodes.pairs(layer):
                 if segment.activation is None or node.op_type in (FUSED_PRODUCT, "ConvInteger"):
                     continue
                 kernel = self._kernels.get(layer.name)
@@ -112,7 +112,7 @@ class _Lowering:
         if op is LayerOp.CONV and (convolve or not _plain(node)):
             self._conv_integer(name, segment, node, codes, weight_codes, offset)
             return
-        label = f"{name}#{index}"
+        label = operand_name(node)
         if op is LayerOp.CONV:
             columns = self._im2col(node, codes, weight_codes.shape[2:], offset)
             matrix = np.ascontiguousarray(weight_codes.transpose(2, 3, 1, 0).reshape(-1, weight_codes.shape[0]))
@@ -134,7 +134,7 @@ class _Lowering:
             inputs.append(self._builder.constant(bias[1], f"{name}/bias"))
         product = self._builder.node(FUSED_PRODUCT, inputs, f"{node.name}/int8", before=node, dtype=ir.DataType.FLOAT)
         product.domain = CONTRIB_DOMAIN
-        tag(product, name, Role.COMPUTE, index)
+        tag(product, name, Role.COMPUTE, index, remainder=is_remainder(node))
         result = product.outputs[0]
         if op is LayerOp.CONV:
             result = self._builder.node(
@@ -288,7 +288,7 @@ class _Lowering:
         """Grouped or dilated convolution: ConvInteger with u8 weights (s8 has wrong or slow kernels)."""
         assert segment.activation is not None
         builder, index = self._builder, segment_of(node)
-        label = f"{name}#{index}"
+        label = operand_name(node)
         unsigned = (weight_codes.astype(np.int64) + 128).astype(np.uint8)
         weight = builder.constant(unsigned, f"{label}/weight_u8")
         attributes = {key: node.attributes[key].value for key in node.attributes}
@@ -300,7 +300,7 @@ class _Lowering:
             attributes=attributes,
             dtype=ir.DataType.INT32,
         )
-        tag(conv, name, Role.COMPUTE, index)
+        tag(conv, name, Role.COMPUTE, index, remainder=is_remainder(node))
         cast = builder.node(
             "Cast", [conv.outputs[0]], f"{node.name}/int32", before=node, attributes={"to": int(ir.DataType.FLOAT)},
             like=node.outputs[0],

@@ -54,7 +54,7 @@ class LowerTensorRT(ir.passes.InPlacePass):
             shapes = [self._weights.shape(layer.name, index) for index in range(len(layer.segments))]
             int4 = layer.activation_bits is None and all(holds_int4(shape) for shape in shapes)
             fp8 = self._fp8 and all(fits_fp8(segment) for segment in layer.segments)
-            for node, segment in zip(bindings.layers[layer.name].compute, layer.segments, strict=True):
+            for node, segment in bindings.layers[layer.name].pairs(layer):
                 dequantize = node.inputs[1].producer() if node.inputs[1] is not None else None
                 if dequantize is None or dequantize.op_type != "DequantizeLinear" or segment.weight.bits > PACKED_BITS:
                     continue

@@ -47,7 +47,7 @@ class LowerWeightOnly(ir.passes.InPlacePass):
         bindings, builder = bind(model, self._plan), Builder(model.graph)
         modified = False
         for layer in self._plan.layers:
-            for node, segment in zip(bindings.layers[layer.name].compute, layer.segments, strict=True):
+            for node, segment in bindings.layers[layer.name].pairs(layer):
                 dequantize = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
                 chosen = segment.activation is None or layer.name in self._expanded
                 if not chosen or dequantize is None or dequantize.op_type != "DequantizeLinear":

@@ -35,6 +35,7 @@ from dmqexport.quant_types import (
     quantize_weight,
 )
 
+_TWICE = "two int8 products: of the activation, and of what its rounding leaves over"
 _ROOM = 1.25  # of ranges whose remainder is quantized too, beyond what was observed
 
 
@@ -219,7 +220,8 @@ def _freeze_layer(
         qparams = _weight(part, moment, choice.widths.weight, info.op, weight_search)
         write(f"{info.name}#{index}", quantize_weight(part.numpy(), qparams))
         segments.append(Segment(start, stop, qparams, activation, remainder and activation is not None))
-    return LayerQuant(info.name, info.op, tuple(segments), info.parameters, choice.reason)
+    reason = "; ".join(filter(None, (choice.reason, _TWICE if remainder else "")))
+    return LayerQuant(info.name, info.op, tuple(segments), info.parameters, reason)
 
 
 def _activation(
@@ -294,7 +296,7 @@ def _allocation(layers: list[LayerQuant], found: ProbeResult, requested: str, ro
         qparams = layer.segments[0].activation
         if qparams is not None:
             bits = float(qparams.bits) if row_bits is None else row_bits.average(qparams)
-            quantized.append((bits, macs[layer.name]))
+            quantized.append((bits * (2 if layer.has_remainder else 1), macs[layer.name]))
     total = sum(weight for _, weight in quantized)
     activation = sum(width * weight for width, weight in quantized) / total if total else None
     return Allocation(

@@ -7,7 +7,7 @@ default (an average of 3 has no meaning where the narrowest container is 4), byt
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -20,6 +20,7 @@ from calib.allocation_problem import Resource
 from calib.candidates import FLOAT_BITS, WidthPair
 from calib.probe import LayerInfo, removing
 from dmqexport.errors import RecipeError
+from dmqexport.quant_types import MAX_BITS
 
 Curves = Mapping[str, Mapping[WidthPair, float]]
 _SCALE_BYTES = 5  # an output channel's float32 scale and its zero_point, as stored
@@ -89,13 +90,21 @@ def average_weight_bits(
     return _resource("average weight bits", layers, curves, cost, limit)
 
 
-def average_activation_bits(layers: Sequence[LayerInfo], curves: Curves, limit: float) -> Resource:
-    """Mean bits of the multiplied activations, weighted by multiply-accumulates as `Allocation` reports them."""
+def average_activation_bits(
+    layers: Sequence[LayerInfo], curves: Curves, limit: float, doubled: Collection[str] = ()
+) -> Resource:
+    """Mean bits of the multiplied activations, weighted by multiply-accumulates as `Allocation` reports them.
+
+    doubled: layers whose 8-bit activations have a remainder of 8 bits more.
+    """
     quantized = [info for info in layers if any(pair.activation is not None for pair in curves[info.name])]
     total = max(sum(info.macs for info in quantized), 1)
 
     def cost(info: LayerInfo, pair: WidthPair) -> float:
-        return 0.0 if pair.activation is None else pair.activation * info.macs / total
+        if pair.activation is None:
+            return 0.0
+        both = 2 if pair.activation == MAX_BITS and info.name in doubled else 1
+        return both * pair.activation * info.macs / total
 
     return _resource("average activation bits", layers, curves, cost, limit)
 

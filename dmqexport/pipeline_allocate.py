@@ -149,7 +149,9 @@ class Allocating(Drafting):
         rate = Rate.NOMINAL if nominal or chosen == "nominal" else Rate.REALISABLE
         activations: list[Resource] = []
         if widths.activation is not None:
-            activations = [average_activation_bits(layers, curves, widths.activation + shift)]
+            patterns = self.remainder_patterns
+            doubled = {info.name for info in layers if any(fnmatchcase(info.name, pattern) for pattern in patterns)}
+            activations = [average_activation_bits(layers, curves, widths.activation + shift, doubled)]
         if budget is None:
             return [average_weight_bits(layers, curves, widths.weight + shift, containers, rate), *activations]
         limit = budget.limit * scale

@@ -45,6 +45,7 @@ STAGE_VERSIONS = {
     "draft": 2,
     "step-errors": 2,
     "row-bits": 4,
+    "remainders": 1,
     "blocks": 1,
     "network": 3,
     "trajectory-ends": 1,
@@ -303,13 +304,22 @@ class Calibration(Drawing):
         chosen = self.recipe.quantization.boundary
         return tuple(self.model.family.boundary if chosen is None else chosen)
 
+    @property
+    def remainder_patterns(self) -> tuple[str, ...]:
+        """Patterns of the layers whose activations have a remainder where they have 8 bits."""
+        chosen = self.recipe.quantization.remainder
+        return tuple(self.model.family.first_layers if chosen is None else chosen)
+
     def remainders(self, bits: Mapping[str, LayerBits]) -> tuple[str, ...]:
-        """Layers with 8-bit activations whose remainders are quantized too.
+        """Layers with 8-bit activations whose remainders are quantized too."""
+        return self.named_remainders(bits)
+
+    def named_remainders(self, bits: Mapping[str, LayerBits]) -> tuple[str, ...]:
+        """Those of them that the recipe names, or the family.
 
         Raises RecipeError for a pattern of the recipe that matches no such layer.
         """
-        chosen = self.recipe.quantization.remainder
-        patterns = self.model.family.first_layers if chosen is None else chosen
+        chosen, patterns = self.recipe.quantization.remainder, self.remainder_patterns
         eight = [name for name, item in bits.items() if item.widths is not None and item.widths.activation == MAX_BITS]
         for pattern in chosen or ():
             if not any(fnmatchcase(name, pattern) for name in eight):
@@ -385,10 +395,12 @@ class Calibration(Drawing):
         row_bits: RowBits | None,
         provisional: Collection[str] = (),
         bits: Mapping[str, LayerBits] | None = None,
+        remainders: Collection[str] | None = None,
     ) -> QuantPlan:
         """The plan with every range searched and weights rounded to the nearest code; writes the codes to `folder`.
 
-        provisional: layers whose weights are rounded anew and are not worth a search here; bits: None for `layer_bits`.
+        provisional: layers whose weights are rounded anew and are not worth a search here; bits: None for `layer_bits`;
+        remainders: None for those.
         """
         quantization = self.recipe.quantization
         bits = self.layer_bits if bits is None else bits
@@ -409,7 +421,7 @@ class Calibration(Drawing):
             row_bits=row_bits,
             timestep_scale=self.model.family.timestep_scale,
             provisional=provisional,
-            remainders=self.remainders(bits),
+            remainders=self.remainders(bits) if remainders is None else remainders,
             weight_of=self.model.weight,
         )
 

@@ -26,17 +26,21 @@ class Drafting(Calibration):
     """Calibration that can measure errors before anything is allocated, refined or trained."""
 
     def draft_of(self, bits: Mapping[str, LayerBits]) -> StageRecord:
-        """A plan at these widths with even rows and nearest rounding."""
-        quantization = self.recipe.quantization
+        """A plan at these widths with even rows and nearest rounding, no remainders but those that are named."""
+        quantization, remainders = self.recipe.quantization, self.named_remainders(bits)
         key = {
             "version": STAGE_VERSIONS["draft"],
             "statistics": self.calibrated.fingerprint,
             "layers": {name: str(item) for name, item in bits.items()},
             "attention": quantization.attention_bits,
-            "remainders": self.remainders(bits),
+            "remainders": remainders,
             "range": quantization.range,
         }
-        return self.workspace.stage("draft", key, lambda folder: self.frozen(folder, None, bits=bits).save(folder))
+
+        def build(folder: Path) -> None:
+            self.frozen(folder, None, bits=bits, remainders=remainders).save(folder)
+
+        return self.workspace.stage("draft", key, build)
 
     @cached_property
     def step_errors(self) -> StepErrors:

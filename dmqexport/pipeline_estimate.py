@@ -79,6 +79,7 @@ class _Estimator(ChoiceEstimate):
         self.drafts()
         if self.allocates and self.recipe.allocation.metric == "picture":
             self.allocate()
+        self.remainders()
         self.row_bits()
         if self.trains_on_own:
             self.training_set()

@@ -55,7 +55,7 @@ class ChoiceEstimate(Work):
     def drafts(self) -> None:
         """Drafts, and what each step's error does to pictures: whole pictures, once for every step."""
         training, quantization = self.recipe.training, self.recipe.quantization
-        picture = self.allocates and self.recipe.allocation.metric == "picture"
+        picture = (self.allocates or self.remains) and self.recipe.allocation.metric == "picture"
         trained = training.network.iterations > 0 and training.network.step_weights == "measured"
         weighed = quantization.row_bits == "measured" and self.fits
         if picture or trained or weighed or self.varies:
@@ -77,6 +77,23 @@ class ChoiceEstimate(Work):
         seconds = OFFSETS * (calls * self.quantizing + self.activation_search(self.recipe.widths.activation))
         memory = self.resident + 2 * self.weights + self.activations
         self.add("row-bits", seconds, (OFFSETS + 1) * calls, memory)
+
+    @property
+    def remains(self) -> bool:
+        """Whether remainders are chosen by measurement (dmqexport/pipeline_remainder.py)."""
+        share, activation = self.recipe.quantization.remainder_share, self.recipe.widths.activation
+        return share > 0 and activation == MAX_BITS and not self.allocates
+
+    def remainders(self) -> None:
+        """Quantizers at 8 bits, and a sketch of what the error of each activation costs."""
+        if not self.remains:
+            return
+        recipe, cost, speed = self.recipe.allocation, self.cost, self.speed
+        searched = self.weight_search(MAX_BITS) + self.activation_search(MAX_BITS) + self.coding()
+        a_pair = cost.macs / speed.macs + 3 * (1 + recipe.probes) * cost.output_bytes / speed.copied
+        seconds = recipe.entries * (a_pair + recipe.probes * 2 * self.forward + self.quantizing) + searched
+        memory = self.resident + self.weights + self.batch * (3 + recipe.probes) * 2 * cost.output_bytes
+        self.add("remainders", seconds, 2 * recipe.entries, memory)
 
     # Allocation
 

@@ -13,8 +13,8 @@ from calib.network_distill import guidance_pairs, teacher_outputs
 from calib.observer import load_statistics
 from calib.quantizer import simulate
 from calib.row_allocation import allocate_rows, offset_costs
-from dmqexport.pipeline_allocate import Allocating
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.pipeline_remainder import Remaindering
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
 from dmqexport.workspace import StageRecord
 
@@ -22,7 +22,7 @@ _ENTRIES = 16  # calls a step that the error at other widths is measured on
 _OFFSETS = (-1, 0, 1, 2, 3)  # two bits less make a row of 4 bits one of 2: never worth it in pictures
 
 
-class RowAllocating(Allocating):
+class RowAllocating(Remaindering):
     """Calibration that can give timestep rows bits of their own."""
 
     @cached_property

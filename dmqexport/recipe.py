@@ -201,7 +201,13 @@ def without_measurements(recipe: Recipe) -> Recipe:
         update={
             "scaling": recipe.scaling.model_copy(update={"method": "none"}),
             "quantization": recipe.quantization.model_copy(
-                update={"range": "minmax", "rounding": "nearest", "row_bits": "even", "refine_on": "calibration"}
+                update={
+                    "range": "minmax",
+                    "rounding": "nearest",
+                    "row_bits": "even",
+                    "refine_on": "calibration",
+                    "remainder_share": 0.0,
+                }
             ),
             "validation": recipe.validation.model_copy(update={"gates": GatesRecipe(eps_sqnr_db=None)}),
             "lowering": recipe.lowering.model_copy(update={"tune": "off"} if recipe.lowering.tune == "host" else {}),

@@ -102,6 +102,13 @@ class QuantizationRecipe(Section):
         description="layers whose 8-bit activations are followed by what their rounding leaves over, in 8 bits more: "
         "two int8 products instead of one, 16 bits of precision; null: those that read the sample",
     )
+    remainder_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="w8a8: share of the multiply-accumulates that may be done twice, for remainders of the activations "
+        "whose rounding costs the output most (measured as allocation.metric says)",
+    )
     range: Literal["mse", "minmax"] = Field(
         default="mse", description="mse: ranges of least squared error; minmax: all that was observed, as a baseline"
     )

@@ -86,7 +86,8 @@ def bits_svg(layers: Sequence[Layer]) -> Markup | None:
     quantized = [layer for layer in layers if layer.nominal_bits.weight]
     if not quantized:
         return None
-    wide, unit, middle = 7, 10, 92
+    most = max(max(layer.nominal_bits.weight or 0, layer.nominal_bits.activation or 0) for layer in quantized)
+    wide, unit, middle = 7, 10 if most <= 8 else 5, 92
     width = len(quantized) * wide + 40
     parts = [
         f'<svg viewBox="0 0 {width} {2 * middle}" width="{width}" '

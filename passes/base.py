@@ -48,6 +48,17 @@ def is_remainder(node: ir.Node) -> bool:
     return REMAINDER_KEY in node.metadata_props
 
 
+def left_over(node: ir.Node) -> ir.Node | None:
+    """The Sub that makes what a remainder's compute node multiplies, None where it multiplies something else."""
+    value = node.inputs[0]
+    for op_type in ("DequantizeLinear", "QuantizeLinear", "Sub"):
+        producer = None if value is None else value.producer()
+        if producer is None or producer.op_type != op_type:
+            return None
+        value = producer.inputs[0]
+    return producer
+
+
 def operand_name(node: ir.Node) -> str:
     """What the activation of a compute node is called: `layer#segment`, or that segment's remainder."""
     operand = f"{module_of(node)}#{segment_of(node)}"

@@ -92,6 +92,7 @@ class _Insertion:
         self._weights = weights
         self._builder = Builder(graph)
         self._done: dict[tuple[object, ...], _Quantized] = {}
+        self._stored: dict[tuple[str, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
         self._columns: dict[tuple[bytes, tuple[int, ...]], ir.Value] = {}
         self._row: ir.Value | None = None
 
@@ -159,16 +160,16 @@ class _Insertion:
         if original is None or original.shape is None or tuple(original.shape) != shape:
             got = None if original is None else original.shape
             raise LoweringError(f"insert_qdq: {name} has codes {shape}, the graph's weight is {got}")
-        scale = self._builder.constant(np.asarray(qparams.scale), f"{name}/weight_scale")
-        store = nominal_weight if qparams.bits <= PACKED_BITS else signed_weight
-        weight = store(self._builder, self._weights, plan, index, shape, f"{name}/weight_codes")
-        if qparams.bits <= PACKED_BITS:
-            zero = self._builder.constant(qparams.zero_point.astype(ml_dtypes.uint4), f"{name}/weight_zero_point")
-        else:
-            zero = self._builder.constant(np.zeros(len(qparams.scale), dtype=np.int8), f"{name}/weight_zero_point")
+        if (plan.name, index) not in self._stored:  # a remainder's product has the weight of its segment's
+            scale = self._builder.constant(np.asarray(qparams.scale), f"{name}/weight_scale")
+            store = nominal_weight if qparams.bits <= PACKED_BITS else signed_weight
+            weight = store(self._builder, self._weights, plan, index, shape, f"{name}/weight_codes")
+            packed = qparams.bits <= PACKED_BITS
+            zeros = qparams.zero_point.astype(ml_dtypes.uint4) if packed else np.zeros(len(qparams.scale), np.int8)
+            self._stored[plan.name, index] = (weight, scale, self._builder.constant(zeros, f"{name}/weight_zero_point"))
         dequantize = self._builder.node(
             "DequantizeLinear",
-            [weight, scale, zero],
+            self._stored[plan.name, index],
             f"{name}/weight_dequantized",
             before=node,
             attributes={"axis": weight_axis(plan)},

@@ -44,7 +44,7 @@ def _split(builder: Builder, layer: LayerQuant, nodes: LayerNodes, node: ir.Node
         node.op_type, list(node.inputs[:2]), f"{name}/remainder", after=node, attributes=attributes, like=output
     )
     tag(second, layer.name, Role.COMPUTE, segment_of(node), remainder=True)
-    total = builder.node("Add", [output, second.outputs[0]], f"{name}/both", after=second, like=output)
+    total = builder.node("Add", [output, second.outputs[0]], f"{name}/with_remainder", after=second, like=output)
     tag(total, layer.name, Role.SUM)
     last = total
     if bias is not None:

@@ -5,7 +5,7 @@ import onnx_ir as ir
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import ActivationQuant
-from passes.base import constant_array, is_remainder, module_of, segment_of
+from passes.base import constant_array, is_remainder, left_over, module_of, segment_of
 from passes.bind import bind
 from passes.insert_qdq import CODES, DEQUANTIZED, LEFT_OVER, SCALED
 
@@ -35,7 +35,7 @@ class VerifyQDQ(ir.passes.InPlacePass):
             operands = {segment_of(node): node.inputs[0] for node in nodes.compute if not is_remainder(node)}
             for node, segment in nodes.pairs(layer):
                 expected += 1
-                if is_remainder(node) and _left_over_by(node) is not operands[segment_of(node)]:
+                if is_remainder(node) and _read_by(node) is not operands[segment_of(node)]:
                     problems.append(f"{layer.name}: its second product does not read what the first one's codes leave")
                 if not _dequantized(node, 1):
                     problems.append(f"{layer.name}: weight in float")
@@ -59,15 +59,10 @@ class VerifyQDQ(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, False)
 
 
-def _left_over_by(node: ir.Node) -> ir.Value | None:
-    """The dequantized tensor that was subtracted before an operand was quantized."""
-    value = node.inputs[0]
-    for op_type in ("DequantizeLinear", "QuantizeLinear", "Sub"):
-        producer = None if value is None else value.producer()
-        if producer is None or producer.op_type != op_type:
-            return None
-        value = producer.inputs[1 if op_type == "Sub" else 0]
-    return value
+def _read_by(node: ir.Node) -> ir.Value | None:
+    """The dequantized tensor that a remainder was left over by; None where there is no remainder."""
+    rest = left_over(node)
+    return None if rest is None else rest.inputs[1]
 
 
 def _factors_as_planned(node: ir.Node, planned: ActivationQuant) -> bool:

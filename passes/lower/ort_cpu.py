@@ -28,8 +28,19 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import AttentionQuant, LayerOp, QuantPlan, QuantWeights, Segment
-from dmqexport.quant_types import MAX_BITS, ActivationQuant, CodeArray
-from passes.base import Builder, Role, constant_array, is_remainder, operand_name, redirect, segment_of, tag, take_name
+from dmqexport.quant_types import CENTERED_ZERO_POINT, MAX_BITS, ActivationQuant, CodeArray
+from passes.base import (
+    Builder,
+    Role,
+    constant_array,
+    is_remainder,
+    left_over,
+    operand_name,
+    redirect,
+    segment_of,
+    tag,
+    take_name,
+)
 from passes.bind import AttentionNodes, LayerNodes, bind
 
 CONTRIB_DOMAIN = "com.microsoft"
@@ -99,6 +110,7 @@ class _Lowering:
         self._channels_last: dict[ir.Value, ir.Value] = {}
         self._columns: dict[tuple[object, ...], ir.Value] = {}
         self._floats: dict[ir.Value, ir.Value] = {}
+        self._stored: dict[tuple[str, int], tuple[ir.Value, ir.Value]] = {}
 
     def layer(
         self, name: str, op: LayerOp, segment: Segment, nodes: LayerNodes, node: ir.Node, *, convolve: bool = False
@@ -107,6 +119,8 @@ class _Lowering:
         index = segment_of(node)
         offset = unsigned_offset(segment.activation)
         codes = self._quantized(node, 0, self._offset(offset))
+        if is_remainder(node):
+            self._leave_over(node)
         weight_codes = self._weights.codes(name, index)
         scale = np.asarray(segment.weight.scale) * np.float32(1.0)
         if op is LayerOp.CONV and (convolve or not _plain(node)):
@@ -118,7 +132,9 @@ class _Lowering:
             matrix = np.ascontiguousarray(weight_codes.transpose(2, 3, 1, 0).reshape(-1, weight_codes.shape[0]))
         else:
             columns, matrix = codes, np.ascontiguousarray(weight_codes.T)
-        weight, zero = self._weight(label, node, matrix, segment)
+        if (name, index) not in self._stored:  # a remainder's product has the weight of its segment's
+            self._stored[name, index] = self._weight(label, node, matrix, segment)
+        weight, zero = self._stored[name, index]
         activation_scale = self._builder.scalar(segment.activation.scale_ref, f"{label}/scale")
         offset_value = self._offset(offset)
         inputs: list[ir.Value | None] = [
@@ -157,15 +173,31 @@ class _Lowering:
             and dequantize.inputs[0].dtype == ir.DataType.UINT8
         ):
             return False
-        offset = self._offset(unsigned_offset(segment.activation))
-        codes = self._quantized(node, 0, offset)
+        if is_remainder(node):
+            self._leave_over(node)
+        self._dequantize(node, 0, unsigned_offset(segment.activation), segment.activation.scale_ref)
+        return True
+
+    def _dequantize(self, node: ir.Node, operand: int, unsigned: int, reference: float) -> None:
+        """Let `node` read what the shared unsigned codes of its operand stand for."""
+        value, offset = node.inputs[operand], self._offset(unsigned)
+        codes = self._quantized(node, operand, offset)
         if codes not in self._floats:
-            scale = self._builder.scalar(segment.activation.scale_ref, f"{codes.name}/scale")
+            scale = self._builder.scalar(reference, f"{codes.name}/scale")
             name = f"{codes.name}/dequantized"
             created = self._builder.node("DequantizeLinear", [codes, scale, offset], name, before=node, like=value)
             self._floats[codes] = created.outputs[0]
-        node.replace_input_with(0, self._floats[codes])
-        return True
+        node.replace_input_with(operand, self._floats[codes])
+
+    def _leave_over(self, node: ir.Node) -> None:
+        """Let a remainder be that of the unsigned codes, so that nothing is rounded twice."""
+        rest = left_over(node)
+        maker = None if rest is None or rest.inputs[1] is None else rest.inputs[1].producer()
+        if rest is None or maker is None or maker.inputs[0] is None or maker.inputs[0].dtype != ir.DataType.INT8:
+            return  # shared with a layer that was here before
+        scale = constant_array(maker.inputs[1])
+        assert scale is not None
+        self._dequantize(rest, 1, CENTERED_ZERO_POINT, float(scale))
 
     def _replace(self, node: ir.Node, last: ir.Node, result: ir.Value) -> None:
         old = last.outputs[0]

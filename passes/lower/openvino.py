@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import LayerOp, QuantPlan
-from passes.base import Builder, constant_array, redirect, take_name
+from passes.base import Builder, constant_array, is_remainder, redirect, take_name
 from passes.bind import bind
 
 #: Largest magnitude at which no pair of u8 × s8 products passes 16 bits: 2 · 255 · 64 < 2^15.
@@ -52,6 +52,8 @@ class LowerOpenVINO(ir.passes.InPlacePass):
                 if segment.activation is None or dequantize is None:
                     continue
                 if len(dequantize.inputs) > 2:
+                    if is_remainder(node):
+                        _own_codes(builder, dequantize)
                     _without_zero_point(builder, dequantize)
                     modified = True
                 if not self._vnni:
@@ -67,6 +69,18 @@ def _dequantizer(node: ir.Node) -> ir.Node | None:
     """The DequantizeLinear that makes a compute node's weight."""
     producer = None if node.inputs[1] is None else node.inputs[1].producer()
     return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
+
+
+def _own_codes(builder: Builder, dequantize: ir.Node) -> None:
+    """Give a remainder's product a weight of its own: OpenVINO runs both in float when they share one.
+
+    Its IR stores equal constants once.
+    """
+    codes = dequantize.inputs[0]
+    stored = constant_array(codes)
+    assert codes is not None
+    assert stored is not None
+    dequantize.replace_input_with(0, builder.constant(stored, f"{dequantize.name}/own", share=False))
 
 
 def _without_zero_point(builder: Builder, dequantize: ir.Node) -> None:

@@ -39,7 +39,7 @@ STAGE_VERSIONS = {
     "allocation": 2,
     "pareto": 1,
     "statistics": 3,
-    "plan": 5,
+    "plan": 6,
     "training-set": 1,
     "draft": 2,
     "step-errors": 2,

@@ -18,6 +18,9 @@ _QUICK = (0.93, 0.86, 0.79, 0.72, 0.64, 0.56, 0.48, 0.4, 0.3, 0.2)
 _CACHED = 32768
 # Of longer rows, the coarse grid sees only so many values; the fine one sees all.
 _LONG = 4096
+# Where the scale is fitted to the codes afterwards, rows longer than the first are searched by the quick candidates and
+# then the fine ones, which see only as many columns as the second and the third.
+_SHORT, _QUICK_COLUMNS, _FITTED_COLUMNS = 512, 2048, 4096
 # A shifted 8-bit tensor costs an addition on both sides of the operator; it must pay for it.
 _SHIFT_MUST_GAIN = 0.8
 
@@ -100,7 +103,7 @@ def _by_rows(
 
 def _search_asymmetric(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> RangeResult:
     ends = (low.clamp(max=0.0), high.clamp(min=0.0))
-    columns = _spread(values.shape[1])
+    columns = _spread(values.shape[1], _LONG)
     coarse = (values, weights) if columns is None else (values[:, columns].contiguous(), weights[:, columns])
     for grid, seen in ((_COARSE, coarse), (_FINE, (values, weights))):
         lows = grid if bool((low < 0).any()) else (1.0,)
@@ -123,9 +126,9 @@ def _best_ends(
     return candidates[0].gather(0, best)[0], candidates[1].gather(0, best)[0]
 
 
-def _spread(length: int) -> Tensor | None:
+def _spread(length: int, most: int) -> Tensor | None:
     """Which columns of a very long row settle where its range about is; None where all of them do."""
-    return None if length <= _LONG else torch.arange(_LONG) * length // _LONG
+    return None if length <= most else torch.arange(most) * length // most
 
 
 def _search_centered(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> RangeResult:
@@ -150,12 +153,37 @@ def quick_range(values: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Ten
 
 
 def _search_quickly(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> RangeResult:
+    scale, zero_point = _quantizers(*_quick_ends(values, weights, low, high, bits), bits)
+    return RangeResult(scale, zero_point, torch.zeros(len(scale), dtype=torch.float64))
+
+
+def _quick_ends(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     ends = (low.clamp_max(0.0), high.clamp_min(0.0))
     ends = _best_ends(values, weights, ends, [(shrink, shrink) for shrink in _QUICK], bits)
     ends = _best_ends(values, weights, ends, [(shrink, 1.0) for shrink in _QUICK], bits)
-    ends = _best_ends(values, weights, ends, [(1.0, shrink) for shrink in _QUICK], bits)
-    scale, zero_point = _quantizers(*ends, bits)
-    return RangeResult(scale, zero_point, torch.zeros(len(scale), dtype=torch.float64))
+    return _best_ends(values, weights, ends, [(1.0, shrink) for shrink in _QUICK], bits)
+
+
+def search_fitted(weight: Tensor, importance: Tensor, bits: int) -> RangeResult:
+    """`search_weight` for codes that a scale is fitted to afterwards: for long rows a third of its work, and as good.
+
+    Errors are those of a sample of columns where there are many; extremes are those of all.
+    """
+    if weight.shape[1] <= _SHORT:
+        return search_weight(weight, importance, bits)
+    low, high = weight.amin(dim=1), weight.amax(dim=1)
+    columns = _spread(weight.shape[1], _FITTED_COLUMNS)
+    if columns is not None:
+        weight, importance = weight[:, columns], importance[columns]
+    return _by_rows(_search_fitted, weight, importance.expand_as(weight), low, high, bits)
+
+
+def _search_fitted(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> RangeResult:
+    columns = _spread(values.shape[1], _QUICK_COLUMNS)
+    some = (values, weights) if columns is None else (values[:, columns].contiguous(), weights[:, columns])
+    ends = _quick_ends(*some, low, high, bits)
+    ends = _best_ends(values, weights, ends, [(left, right) for left in _FINE for right in _FINE], bits)
+    return _evaluate(values, weights, *ends, bits)
 
 
 def search_activation(

@@ -14,16 +14,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.input_moments import Moments, Sampling
 from calib.probe import removing
 from calib.quantizer import ActivationQuantizer, RowContext
-from calib.range_search import search_weight
+from calib.range_search import search_fitted
 from calib.sampling import TIMESTEP, CalibrationSet
 from calib.weight_dilation import scaled_columns
 from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
-from dmqexport.quant_types import MAX_BITS, CodeArray, WeightQuant, code_range
+from dmqexport.quant_types import MAX_BITS, CodeArray, WeightQuant
 
 _RIDGE = 0.1  # of the mean diagonal; pulls W* back to W where calibration says little
 _DAMPING = 0.01  # of the mean diagonal, as in the paper
@@ -33,31 +33,6 @@ _LARGEST_INPUT = 4608  # a 3 × 3 convolution over 512 channels; two square matr
 _WIDE_BLOCK = 1152  # 128 channels of such a convolution: wider inputs are compensated within blocks of about this size
 _POSITIONS = 2**16  # output positions seen in all: more entries say more than more positions of each
 MEMORY_BYTES = 2**30
-
-
-@dataclass
-class _Moments:
-    """Running sums over positions: quantized·quantizedᵀ and float·quantizedᵀ, float32, of each block of inputs."""
-
-    spans: list[tuple[int, int]]
-    quantized: list[Tensor]
-    mixed: list[Tensor]
-
-    @classmethod
-    def zeros(cls, spans: list[tuple[int, int]], device: torch.device) -> "_Moments":
-        """Nothing seen yet."""
-        squares = [torch.zeros(stop - start, stop - start, device=device) for start, stop in spans]
-        return cls(spans, squares, [square.clone() for square in squares])
-
-    def cpu(self) -> "_Moments":
-        """The same in the memory of the CPU, where weights are fitted."""
-        return _Moments(self.spans, *([square.cpu() for square in part] for part in (self.quantized, self.mixed)))
-
-    def add(self, left: Tensor, right: Tensor) -> None:
-        """Add the float and the quantized inputs of some positions, both [positions, k]."""
-        for (start, stop), quantized, mixed in zip(self.spans, self.quantized, self.mixed, strict=True):
-            quantized.addmm_(right[:, start:stop].T, right[:, start:stop])
-            mixed.addmm_(left[:, start:stop].T, right[:, start:stop])
 
 
 def refine_weights(
@@ -140,12 +115,12 @@ def _observe(
     batch_size: int,
     seed: int,
     progress: Callable[[int], None],
-) -> dict[str, _Moments]:
+) -> dict[str, Moments]:
     """Second moments of the group's inputs along the float model."""
     context = RowContext(torch.from_numpy(plan.row_map.copy()), timestep_scale=plan.timestep_scale)
-    moments: dict[str, _Moments] = {}
-    generator = torch.Generator().manual_seed(seed)
+    moments: dict[str, Moments] = {}
     positions = -(-_POSITIONS * batch_size // max(len(calibration), 1))  # of a batch
+    sampling = Sampling(positions, torch.Generator().manual_seed(seed))
 
     def hook(layer: LayerQuant) -> Callable[..., None]:
         place = 1 if layer.op is LayerOp.CONV else -1
@@ -176,14 +151,11 @@ def _observe(
                     seen = quantizer.rescale(quantizer(part))
                     if quantizer.has_shift:
                         seen = seen - quantizer.per_sample(quantizer.correction, seen)
-                left, right = _columns(module, divided), _columns(module, seen)
-                if len(left) > positions:
-                    kept = torch.randperm(len(left), generator=generator)[:positions].to(left.device)
-                    left, right = left[kept], right[kept]
                 key = f"{layer.name}#{index}"
                 if key not in moments:
-                    moments[key] = _Moments.zeros(_spans(denoiser, layer, segment), tensor.device)
-                moments[key].add(left, right)
+                    taps = int(module.get_parameter("weight")[0, 0].numel())
+                    moments[key] = Moments(_spans(denoiser, layer, segment), taps, tensor.device)
+                moments[key].add(module, divided, seen, sampling)
 
         return observe
 
@@ -193,21 +165,13 @@ def _observe(
             context.set_timestep(batch[TIMESTEP], len(entries))
             run(batch)
             progress(int(entries[-1]) + 1)
-    return {key: found.cpu() for key, found in moments.items()}
-
-
-def _columns(module: nn.Module, tensor: Tensor) -> Tensor:
-    """The vectors that rows of the flattened weight are multiplied with, [positions, k]."""
-    if not isinstance(module, nn.Conv2d):
-        return tensor.reshape(-1, tensor.shape[-1])
-    assert not isinstance(module.padding, str)
-    unfolded = F.unfold(tensor, module.kernel_size, module.dilation, module.padding, module.stride)
-    return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
+    return moments
 
 
 def _refine(
-    denoiser: nn.Module, layer: LayerQuant, moments: Mapping[str, _Moments], codes: dict[str, CodeArray]
+    denoiser: nn.Module, layer: LayerQuant, moments: dict[str, Moments], codes: dict[str, CodeArray]
 ) -> LayerQuant:
+    """The layer with refitted scales; takes its moments out of `moments`, which are the most that is in memory."""
     weight = denoiser.get_submodule(layer.name).get_parameter("weight").detach().cpu()
     segments = []
     for index, segment in enumerate(layer.segments):
@@ -215,113 +179,158 @@ def _refine(
         part = weight[:, segment.start : segment.stop]
         if segment.activation is not None and segment.activation.channel_factor is not None:
             part = scaled_columns(part, torch.from_numpy(segment.activation.channel_factor.copy()))
-        found, columns = moments[key], part.flatten(1)
-        fitted = [
-            fit_least_squares(columns[:, start:stop], quantized, mixed)
-            for (start, stop), quantized, mixed in zip(found.spans, found.quantized, found.mixed, strict=True)
-        ]
-        target = torch.cat(fitted, dim=1)
-        rounded, qparams = round_second_order(target, found.quantized, segment.weight.bits)
+        found, columns, blocks = moments.pop(key), part.flatten(1), []
+        for start, stop in found.spans:
+            quantized, mixed = found.pop()
+            blocks.append(_fit(columns[:, start:stop], quantized, mixed))
+        rounded, qparams = _round(blocks, segment.weight.bits)
         codes[key] = rounded.reshape(part.shape).to(torch.int8).numpy()
         segments.append(replace(segment, weight=qparams))
     return replace(layer, segments=tuple(segments))
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive columns of a weight, in rows: those are whole in memory, and everything goes through them.
+
+    weight [k, out]; moment [k, k], damped; pull [k, out]: their product.
+    """
+
+    weight: Tensor
+    moment: Tensor
+    pull: Tensor
+
+
+def _damping(moment: Tensor) -> float:
+    return float(_DAMPING * moment.diagonal().mean().clamp_min(1e-12))
+
+
+def _raised(square: Tensor, by: float) -> Tensor:
+    """A copy with `by` added to the diagonal."""
+    raised = square.clone()
+    raised.diagonal().add_(by)
+    return raised
+
+
 def fit_least_squares(weight: Tensor, quantized: Tensor, mixed: Tensor) -> Tensor:
     """The weight [out, k] that best maps quantized inputs to float outputs. weight [out, k]; both moments [k, k]."""
-    ridge = _RIDGE * quantized.diagonal().mean().clamp_min(1e-12) * torch.eye(len(quantized))
-    fitted: Tensor = torch.linalg.solve(quantized + ridge, (weight @ (mixed + ridge)).T).T
-    return fitted
+    return _fit(weight, quantized, mixed).weight.T
+
+
+def _fit(weight: Tensor, quantized: Tensor, mixed: Tensor) -> _Block:
+    damping = _damping(quantized)
+    ridge = _RIDGE / _DAMPING * damping
+    lower = torch.linalg.cholesky(_raised(quantized, ridge))
+    moment = _raised(quantized, damping)
+    if len(weight) > 2 * len(quantized):  # solving for as many columns as there are inputs is less work
+        fitted = torch.cholesky_solve(_raised(mixed.T, ridge), lower) @ weight.T
+        return _Block(fitted, moment, moment @ fitted)
+    wanted = torch.addmm(weight.T, mixed.T, weight.T, beta=ridge)
+    fitted = torch.cholesky_solve(wanted, lower).contiguous()
+    # The moment with its ridge times the solution is what was asked for: less of the ridge, it is the pull.
+    return _Block(fitted, moment, wanted.sub_(fitted, alpha=ridge - damping))
 
 
 def round_second_order(weight: Tensor, moments: Sequence[Tensor], bits: int) -> tuple[Tensor, WeightQuant]:
     """Signed codes [out, k] of `weight` and their quantizer, compensating each column's rounding in later columns, then
     descending from there, codes and scales in turn, in the error of the layer's output.
 
-    moments: sums of x̂ x̂ᵀ of consecutive blocks of columns, [k, k] where there is one. Ranges are searched as for plain
-    rounding, weighted by the moments' diagonals.
+    moments: sums of x̂ x̂ᵀ of consecutive blocks of columns, [k, k] where there is one. Ranges are searched weighted by
+    the moments' diagonals: as for plain rounding where rows are short, by fewer candidates where they are long.
     """
-    diagonal = torch.cat([moment.diagonal() for moment in moments])
-    found = search_weight(weight, diagonal / diagonal.mean().clamp_min(1e-12), bits)
-    qparams = WeightQuant(bits, found.scale.numpy(), found.zero_point.numpy())
-    low, high = (torch.from_numpy(bound).unsqueeze(1).float() for bound in code_range(bits, qparams.zero_point))
-    blocks = weight.split([len(moment) for moment in moments], dim=1)  # type: ignore[no-untyped-call]  # torch's own
-    scale = found.scale.unsqueeze(1)
-    damped = [
-        moment + _DAMPING * moment.diagonal().mean().clamp_min(1e-12) * torch.eye(len(moment)) for moment in moments
-    ]
-    codes = [_compensate(part, moment, scale, low, high) for part, moment in zip(blocks, damped, strict=True)]
-    # Products with the moments are most of the work: the weight's are made once, the codes' kept up to date.
-    pulls = [part @ moment for part, moment in zip(blocks, damped, strict=True)]
-    products = [code @ moment for code, moment in zip(codes, damped, strict=True)]
+    parts = weight.T.contiguous().split([len(moment) for moment in moments])  # type: ignore[no-untyped-call]
+    damped = [_raised(moment, _damping(moment)) for moment in moments]
+    return _round([_Block(*pair, pair[1] @ pair[0]) for pair in zip(parts, damped, strict=True)], bits)
+
+
+def _round(blocks: Sequence[_Block], bits: int) -> tuple[Tensor, WeightQuant]:
+    diagonal = torch.cat([block.moment.diagonal() for block in blocks])
+    weight = torch.cat([block.weight.T for block in blocks], dim=1)
+    found = search_fitted(weight, diagonal / diagonal.mean().clamp_min(1e-12), bits)
+    low = -found.zero_point.float()
+    scale, states = found.scale, [_State(block, found.scale, low, bits) for block in blocks]
     for _ in range(_SWEEPS):
-        scale = _fitted_scale(blocks, products, codes, scale)
-        codes = [
-            _descend(pull, product, moment, scale, low, high, found)
-            for pull, product, moment, found in zip(pulls, products, damped, codes, strict=True)
-        ]
-    fitted = WeightQuant(bits, scale.flatten().numpy(), qparams.zero_point)
-    return torch.cat(codes, dim=1), fitted
+        scale = _fitted_scale(states, scale)
+        for state in states:
+            state.descend(scale)
+    return torch.cat([state.codes for state in states]).T, WeightQuant(bits, scale.numpy(), found.zero_point.numpy())
 
 
-def _fitted_scale(
-    weights: Sequence[Tensor], products: Sequence[Tensor], codes: Sequence[Tensor], scale: Tensor
-) -> Tensor:
-    """The scale of every output channel, [out, 1], that fits these codes best; `scale` where none does.
+class _State:
+    """Codes of one block [k, out] on their way down in the squared output error tr((QS - W) H (QS - W)ᵀ).
 
-    products: codes times moments.
+    `power`, Q H Qᵀ of every output channel, is kept up to date: products with the moments are most of the work.
     """
-    along = sum(
-        ((product * weight).sum(dim=1, keepdim=True) for product, weight in zip(products, weights, strict=True)),
-        torch.zeros_like(scale),
-    )
-    power = sum(
-        ((product * code).sum(dim=1, keepdim=True) for product, code in zip(products, codes, strict=True)),
-        torch.zeros_like(scale),
-    )
+
+    def __init__(self, block: _Block, scale: Tensor, low: Tensor, bits: int) -> None:
+        self._block, self._low, self._highest = block, low, 2**bits - 1
+        self.codes, self.power = self._compensated(scale)
+
+    def _compensated(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, and their power: columns are rounded one by one, each error spread over the columns still open.
+
+        H is U D Uᵀ with U upper triangular, ones on its diagonal. What the errors made so far, times U, add to a column
+        before it is rounded is what GPTQ has added by then with a factor of H's inverse, which is then never needed
+        (QuIP, arXiv:2307.13304, Theorem 6).
+        """
+        # Of the matrix in reverse order, the usual lower factor is U's; rows of Uᵀ are then whole in memory.
+        feedback = torch.linalg.cholesky(self._block.moment.flip(0, 1)).T.flip(0, 1).contiguous()
+        roots = feedback.diagonal().unsqueeze(1).clone()
+        feedback /= roots
+        exact = self._block.weight / scale
+        raised = exact - self._low
+        aims, codes, errors = (torch.empty_like(exact) for _ in range(3))
+        for start in range(0, len(exact), _BLOCK):
+            block = slice(start, min(start + _BLOCK, len(exact)))
+            torch.addmm(raised[block], feedback[block, :start], errors[:start], out=aims[block])
+            _round_in_turn(
+                aims[block], raised[block], feedback[block, block], codes[block], errors[block], self._highest
+            )
+        # D times squares of what rounding did to these sums is the error; the weight's own power tells the codes'.
+        error = aims.sub_(codes).mul_(roots).square_().sum(dim=0)
+        codes += self._low
+        return codes, error + exact.neg_().add_(codes, alpha=2).mul_(self._block.pull).sum(dim=0) / scale
+
+    @property
+    def along(self) -> Tensor:
+        """Q H Wᵀ of every output channel."""
+        return (self._block.pull * self.codes).sum(dim=0)
+
+    def descend(self, scale: Tensor) -> None:
+        """Each column's codes in turn become the best for the codes of all others: the error cannot rise."""
+        moment = self._block.moment
+        for start in range(0, len(self.codes), _BLOCK):
+            block = slice(start, min(start + _BLOCK, len(self.codes)))
+            square, before = moment[block, block], self.codes[block] - self._low
+            diagonal = square.diagonal().unsqueeze(1)
+            wanted = self._block.pull[block] / scale
+            aims = torch.addmm(wanted, moment[block], self.codes, alpha=-1).div_(diagonal).add_(before)
+            after, moved = torch.empty_like(aims), torch.empty_like(aims)
+            _round_in_turn(aims, before, square / diagonal, after, moved, self._highest)
+            torch.add(after, self._low, out=self.codes[block])
+            # A step adds twice its product with what the codes gave by then, and its own power.
+            given = aims.sub_(before).mul_(diagonal).neg_().add_(wanted)
+            self.power += given.mul_(-2).addcmul_(moved, diagonal).mul_(moved).sum(dim=0)
+
+
+def _round_in_turn(aims: Tensor, exact: Tensor, feedback: Tensor, codes: Tensor, missing: Tensor, highest: int) -> None:
+    """Round row after row to `codes`, 0 to `highest`, each aim raised by `feedback` times what earlier ones miss.
+
+    aims, exact, codes, missing (exact less codes) [rows, out]; feedback [rows, rows], its lower triangle.
+    """
+    turned = missing.T
+    rows = zip(aims.unbind(), exact.unbind(), feedback.unbind(), codes.unbind(), missing.unbind(), strict=True)
+    for row, (aim, value, factors, code, missed) in enumerate(rows):
+        if row:
+            aim.addmv_(turned[:, :row], factors[:row])
+        torch.round(aim, out=code)
+        code.clamp_(0, highest)
+        torch.sub(value, code, out=missed)
+
+
+def _fitted_scale(states: Sequence[_State], scale: Tensor) -> Tensor:
+    """The scale of every output channel, [out], that fits these codes best; `scale` where none does."""
+    zeros = torch.zeros_like(scale)
+    along, power = sum((state.along for state in states), zeros), sum((state.power for state in states), zeros)
     best = along / power.clamp_min(1e-30)
     return torch.where((along > 0) & (power > 0), torch.maximum(torch.minimum(best, 1.5 * scale), scale / 1.5), scale)
-
-
-def _descend(
-    pull: Tensor, product: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high: Tensor, codes: Tensor
-) -> Tensor:
-    """One sweep of coordinate descent: each column's codes in turn become the best for the codes of all others.
-
-    The squared output error tr((QS - W) H (QS - W)ᵀ), which compensation only ever looks forward in, cannot rise.
-    pull: W H. product: Q H of `codes`, made that of the result.
-    """
-    codes, diagonal = codes.clone(), moment.diagonal()
-    for start in range(0, codes.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, codes.shape[1])
-        gradient, moved = scale * product[:, start:stop] - pull[:, start:stop], torch.zeros(len(codes), stop - start)
-        for column in range(stop - start):
-            at = start + column
-            code = codes[:, at : at + 1]
-            best = torch.round(code - gradient[:, column : column + 1] / (diagonal[at] * scale)).clamp(low, high)
-            step = best - code
-            gradient[:, column + 1 :] += (step * scale) @ moment[at : at + 1, at + 1 : stop]
-            moved[:, column : column + 1] = step
-            codes[:, at : at + 1] = best
-        product += moved @ moment[start:stop]
-    return codes
-
-
-def _compensate(weight: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """moment: damped."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    open_weight, codes = weight.clone(), torch.zeros_like(weight)
-    for start in range(0, weight.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, weight.shape[1])
-        block, errors = open_weight[:, start:stop].clone(), torch.zeros(len(weight), stop - start)
-        local = upper[start:stop, start:stop]
-        for column in range(stop - start):
-            value = block[:, column : column + 1]
-            code = torch.round(value / scale).clamp(low, high)
-            codes[:, start + column : start + column + 1] = code
-            error = (value - code * scale) / local[column, column]
-            block[:, column:] -= error @ local[column : column + 1, column:]
-            errors[:, column : column + 1] = error
-        open_weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes

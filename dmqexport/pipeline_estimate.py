@@ -4,12 +4,13 @@ The formulas say how often each kind of work is done, as the stages do it; the s
 spot. Nothing here is a result of an earlier build.
 """
 
+import math
 from dataclasses import dataclass
 
 from dmqexport.models.footprint import Footprint, LayerCost
 from dmqexport.models.picture_features import DIMENSION
 from dmqexport.pipeline_estimate_training import ChoiceEstimate
-from dmqexport.pipeline_estimate_work import FLOAT, PROCESS, Plan, StageEstimate
+from dmqexport.pipeline_estimate_work import FLOAT, PROCESS, QUICK, Plan, StageEstimate
 from dmqexport.pipeline_size import GRAPH_SHARE, ValidationSize
 from dmqexport.pipeline_speed import MachineSpeed
 from dmqexport.recipe import Recipe
@@ -17,8 +18,9 @@ from dmqexport.report.frechet import enough_pictures
 from dmqexport.target import Target
 
 VECTORS, JUDGED = 768, 2**19  # calib/channel_scaling.py
-_PROPOSALS, _QUICK_CANDIDATES = 10, 33
+_PROPOSALS = 10
 LARGEST_INPUT, WIDE_BLOCK, POSITIONS, SWEEPS, BLOCK = 4608, 1152, 2**16, 4, 128  # calib/second_order.py
+ROWS = 512  # calib/input_moments.py
 SCALING_ENTRIES = 256  # dmqexport/pipeline_calibrate.py
 INLINE = 2**26  # dmqexport/onnx_export.py
 DRAWN_VALUES = 256  # calib/drawn.py
@@ -127,7 +129,7 @@ class _Estimator(ChoiceEstimate):
             def judged(layer: LayerCost) -> float:
                 weight = min(layer.parameters, JUDGED)
                 # Activations twice: rows are padded to one length, and thresholds are looked for as well.
-                searched = _QUICK_CANDIDATES * (weight + 2 * vectors * layer.width / (9 if layer.convolution else 1))
+                searched = QUICK * (weight + 2 * vectors * layer.width / (9 if layer.convolution else 1))
                 moved = FLOAT * (40 * vectors * layer.width + 20 * weight) / speed.copied
                 called = 500 * speed.call
                 return proposals * (searched / speed.candidates + moved + called + vectors * weight / speed.products)
@@ -143,18 +145,22 @@ class _Estimator(ChoiceEstimate):
         recipe, speed, cost = self.recipe, self.speed, self.cost
         widths = recipe.widths
         # Fitted weights are searched once, where they are rounded; before that their ranges are min-max.
-        seconds = self.activation_search(widths.activation) + self.weight_search(widths.weight) + self.coding()
+        seconds = self.activation_search(widths.activation) + self.coding()
+        seconds += self.weight_search(widths.weight, self.fits)
         memory, forwards = self.resident + 2.5 * cost.weights, 0.0
         if self.fits:
             own = recipe.quantization.refine_on == "training"
             entries = min(self.training_entries if own else self.entries, recipe.quantization.refine_entries)
 
             def moments(layer: LayerCost) -> float:
-                return 2.0 * min(POSITIONS, layer.positions * entries) * layer.width * _block(layer) / speed.products
+                seen = layer.positions * entries
+                all_of_them = seen <= 2 * POSITIONS and _uniform(layer)
+                each = seen * _displaced(layer) if all_of_them else min(POSITIONS, seen) * _paired(layer)
+                return layer.width * _block(layer) * each / speed.products
 
             def moved(layer: LayerCost) -> float:
-                """Both inputs, quantized and gathered by kernel position, go through memory."""
-                return entries * (64 if layer.convolution else 12) * FLOAT * layer.inputs / speed.copied
+                """Both inputs, quantized and padded, go through memory."""
+                return entries * (20 if layer.convolution else 12) * FLOAT * layer.inputs / speed.copied
 
             held = self.over_layers(lambda layer: 8 * layer.width * _block(layer))
             runs = max(1, -(-round(held) // (3 * self.plan.working // 2)))
@@ -166,11 +172,12 @@ class _Estimator(ChoiceEstimate):
     def _fitted(self, layer: LayerCost) -> float:
         """Seconds of refitting a layer's weight and rounding it, its moments given."""
         speed, width, outputs = self.speed, _block(layer), layer.weight[0]
-        factored = 2.0 * width**3  # a solution, an inverse and two Cholesky factors, which run slower than products
-        multiplied = (4.5 + SWEEPS) * outputs * width**2
+        factored = 2 / 3 * width**3  # two Cholesky factors, which run at half the speed of products
+        # The target, its solution, half a product in compensation, and one a sweep.
+        multiplied = (2.5 + SWEEPS) * outputs * width**2
         solved = layer.width / width * (factored + multiplied) / speed.products
-        # Column by column: a dozen operators on [outputs, 1], and an outer product with half a block of columns.
-        column = 12 * speed.call + FLOAT * outputs * (BLOCK + 16) / speed.copied
+        # Column by column: four operators on [outputs] and a product with half a block of columns, read from a cache.
+        column = 6 * speed.call + FLOAT * outputs * (BLOCK / 4 + 16) / speed.copied
         return solved + layer.width * (1 + SWEEPS) * column
 
     def graphs(self, canonical: int, result: int) -> None:
@@ -223,3 +230,25 @@ class _Estimator(ChoiceEstimate):
 def _block(layer: LayerCost) -> float:
     """Inputs that are compensated together."""
     return layer.width if layer.width <= LARGEST_INPUT else layer.width / -(-layer.width // WIDE_BLOCK)
+
+
+def _paired(layer: LayerCost) -> float:
+    """Squares of a block's width that both moments multiply a position: the symmetric one is half computed."""
+    width = _block(layer)
+    return 1.5 + 0.5 * min(1.0, ROWS / width)
+
+
+def _uniform(layer: LayerCost) -> bool:
+    """Whether products of taps are summed by their displacement."""
+    padded = (2 * pad + 1 for pad in layer.padding)
+    return layer.convolution and tuple(layer.stride) == (1, 1) and tuple(padded) == tuple(layer.weight[2:])
+
+
+def _displaced(layer: LayerCost) -> float:
+    """The same in that case."""
+    down, right = layer.weight[2:]
+    taps, displacements, side = down * right, (2 * down - 1) * (2 * right - 1), math.sqrt(layer.positions)
+    padded = (1 + (down - 1) / side) * (1 + (right - 1) / side)
+    # Pixels that a tap never reads are taken off again, pair by pair; the symmetric moment is half computed throughout.
+    border = taps * taps * min(1.0, (down + right - 2) / (3 * side))
+    return 1.5 * (padded * displacements + border) / (taps * taps)

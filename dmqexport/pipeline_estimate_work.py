@@ -12,6 +12,7 @@ from dmqexport.recipe import Recipe
 FLOAT = 4
 PROCESS = 700e6  # an interpreter with torch, diffusers and ONNX Runtime loaded
 WHOLE_TRAJECTORIES = 64  # dmqexport/pipeline_calibrate.py
+QUICK, SHORT, QUICK_COLUMNS, FITTED_COLUMNS = 33, 512, 2048, 4096  # calib/range_search.py
 _SIMULATED = 12  # times that a layer's input goes through memory while it is quantized
 
 
@@ -101,12 +102,15 @@ class Work:
 
         return self.rows * self.over_layers(searched) / self.speed.candidates
 
-    def weight_search(self, bits: int) -> float:
-        """Seconds of searching every output channel's range."""
+    def weight_search(self, bits: int, fitted: bool = False) -> float:
+        """Seconds of searching every output channel's range; fitted: for second-order rounding."""
         if self.recipe.quantization.range == "minmax":
             return 2 * self.cost.weights / self.speed.candidates
 
         def candidates(layer: LayerCost) -> float:
+            if fitted and bits < MAX_BITS and layer.width > SHORT:
+                fine = FINE * min(1.0, FITTED_COLUMNS / layer.width)
+                return QUICK * min(1.0, QUICK_COLUMNS / layer.width) + fine
             return CENTERED if bits == MAX_BITS else COARSE * min(1.0, LONG / layer.width) + FINE
 
         return self.over_layers(lambda layer: layer.parameters * candidates(layer)) / self.speed.candidates

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from calib import channel_scaling, drawn, range_search, second_order, trajectory_distill
+from calib import channel_scaling, drawn, input_moments, range_search, second_order, trajectory_distill
 from dmqexport import (
     onnx_export,
     pipeline_allocate,
@@ -84,6 +85,10 @@ def test_counts_are_those_of_the_code_that_is_counted() -> None:
     assert onnx_export._INLINE_LIMIT == pipeline_estimate.INLINE
     assert drawn._VALUES == pipeline_estimate.DRAWN_VALUES
     assert range_search._LONG == pipeline_speed.LONG
+    assert input_moments._ROWS == pipeline_estimate.ROWS
+    assert (range_search._SHORT, range_search._QUICK_COLUMNS, range_search._FITTED_COLUMNS) == (
+        work.SHORT, work.QUICK_COLUMNS, work.FITTED_COLUMNS,
+    )  # fmt: skip
     assert emoji.images().shape[0] == pipeline_estimate.CAPTURED
 
 
@@ -105,18 +110,57 @@ def test_searches_judge_as_many_values_as_are_counted(bits: int, long: bool, mon
     assert judged == pytest.approx(2 * width * expected, rel=0.02)
 
 
+@pytest.mark.parametrize("width", [320, 1024, 9216])
+def test_searches_before_second_order_judge_as_many_values_as_are_counted(
+    cost: Footprint, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = 0
+    original = range_search._errors
+
+    def counting(values: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
+        nonlocal judged
+        judged += values.numel() * len(scales)
+        return original(values, weights, scales, *rest)
+
+    monkeypatch.setattr(range_search, "_errors", counting)
+    range_search.search_fitted(torch.randn(2, width), torch.ones(width), 4)
+    asked = load_recipe("fast", {"model": "emoji", "bits": "w4a4"}, [])
+    one = replace(cost, layers=(LayerCost("layer", (2, width), (width,), 1),))
+    size = validation_size(asked.validation, cost, 40)
+    searching = replace(PRODUCTS, candidates=1.0)
+    estimator = pipeline_estimate._Estimator(asked, one, searching, Plan(20, 2, 2**31, random=False), size)
+    assert judged == pytest.approx(estimator.weight_search(4, fitted=True), rel=0.02)
+
+
+@pytest.mark.parametrize("side", [8, 32])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_moments_multiply_about_as_often_as_is_counted(side: int, stride: int) -> None:
+    def multiplied(_: torch.Size, left: torch.Size, right: torch.Size, **rest: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    module = torch.nn.Conv2d(64, 8, 3, stride, 1)
+    inputs, positions = torch.randn(2, 64, side, side), (side // stride) ** 2
+    moments = input_moments.Moments([(0, 576)], 9, inputs.device)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: multiplied}) as counter:
+        moments.add(module, inputs, inputs, input_moments.Sampling(2 * positions, torch.Generator()))
+    layer = LayerCost("layer", (8, 64, 3, 3), (64, side, side), positions, (stride, stride), (1, 1))
+    assert pipeline_estimate._uniform(layer) == (stride == 1)
+    each = pipeline_estimate._displaced(layer) if stride == 1 else pipeline_estimate._paired(layer)
+    assert 0.8 < counter.get_total_flops() / 2 / (2 * positions * 576**2 * each) < 1.25
+
+
 @pytest.mark.parametrize(("outputs", "width"), [(512, 256), (64, 512)])
 def test_fitting_multiplies_about_as_often_as_is_counted(cost: Footprint, outputs: int, width: int) -> None:
     inputs = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0))
     moment, weight = inputs.T @ inputs, torch.randn(outputs, width, generator=torch.Generator().manual_seed(1))
     with FlopCounterMode(display=False) as counter:
-        second_order.round_second_order(second_order.fit_least_squares(weight, moment, moment), [moment], 4)
+        second_order._round([second_order._fit(weight, moment, moment)], 4)
     asked = load_recipe("fast", {"model": "emoji", "bits": "w4a4"}, [])
     size = validation_size(asked.validation, cost, 40)
     estimator = pipeline_estimate._Estimator(asked, cost, PRODUCTS, Plan(20, 2, 2**31, random=False), size)
     layer = LayerCost("layer", (outputs, width), (width,), 1)
-    # Solving and factoring, which the counter does not see: a third of a cube, and two.
-    counted = counter.get_total_flops() / 2 + outputs * width**2 + 2 * width**3
+    # Solving and factoring, which the counter does not see: two factors of a sixth of a cube each, at half the speed.
+    counted = counter.get_total_flops() / 2 + outputs * width**2 + 2 / 3 * width**3
     assert 0.7 < counted / estimator._fitted(layer) < 1.4
 
 

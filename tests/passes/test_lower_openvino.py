@@ -14,6 +14,7 @@ from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, 
 
 from dmqexport.errors import EngineError, LoweringError
 from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_types import REMAINDER_STEPS
 from engines.openvino_ir import OpenVinoRunner, prove_int8
 from passes.bind import bind
 from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO
@@ -50,13 +51,17 @@ def execute(
 
 
 def distance_to_tie(model: ir.Model, layer: str, names: list[str], feeds: dict[str, np.ndarray]) -> float:
-    """How near any value that the layer's quantizers round comes to the middle between two codes."""
+    """How near any value that the layer's quantizers round comes to the middle between two codes.
+
+    In codes of the layer's own quantizer: a remainder is what float32 leaves of a subtraction, in steps 254 times finer.
+    """
     nearest = 1.0
     for node in model.graph:
         if node.op_type == "QuantizeLinear" and str(node.name).startswith(f"{layer}#"):
             values = run_piece(model, names, str(node.inputs[0].name), feeds)
             codes = values.astype(np.float64) / float(node.inputs[1].const_value.numpy())
-            nearest = min(nearest, float(np.abs(codes - np.floor(codes) - 0.5).min()))
+            distance = float(np.abs(codes - np.floor(codes) - 0.5).min())
+            nearest = min(nearest, distance / REMAINDER_STEPS if "/remainder" in str(node.name) else distance)
     return nearest
 
 

@@ -53,7 +53,7 @@ def execute(
 def distance_to_tie(model: ir.Model, layer: str, names: list[str], feeds: dict[str, np.ndarray]) -> float:
     """How near any value that the layer's quantizers round comes to the middle between two codes.
 
-    In codes of the layer's own quantizer: a remainder is what float32 leaves of a subtraction, in steps 254 times finer.
+    In codes of the layer's own quantizer: a remainder is a float32 difference in steps 254 times finer.
     """
     nearest = 1.0
     for node in model.graph:
@@ -79,7 +79,9 @@ def test_openvino_computes_the_canonical_operators(deep: Exported, tmp_path: Pat
         expected = run_piece(reference, names, result, values)
         actual, _ = execute(lowered, names, result, values, tmp_path / "piece.onnx")
         assert actual.shape == expected.shape
-        if np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max():
+        # A remainder's ties are 254 times as many, and a code that falls the other way there moves little.
+        tolerance = 5e-5 if any(layer.name == name and layer.has_remainder for layer in plan.layers) else 1e-5
+        if np.abs(actual - expected).max() <= tolerance * np.abs(expected).max():
             exact += 1
         else:
             assert distance_to_tie(reference, name, names, values) < NEAR_TIE, name

@@ -52,7 +52,7 @@ STAGE_VERSIONS = {
     "sampler": 1,
     "export": 2,
     "tuning": 2,
-    "passes": 7,
+    "passes": 8,
     "compile": 1,
     "reference": 1,
     "features": 1,

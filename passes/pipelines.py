@@ -11,6 +11,7 @@ from passes.gather_timestep_scale import GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
 from passes.keep_boundary_8bit import KeepBoundary8Bit
 from passes.lower.group_by_row import GroupByRow
+from passes.lower.join_products import JoinProducts
 from passes.lower.narrow_float import NarrowFloat
 from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO
 from passes.lower.ort_cpu import FLOAT_KERNEL, LowerOrtCpu
@@ -61,7 +62,7 @@ def lower_ort_cpu(
 
 def group_by_row() -> ir.passes.Sequential:
     """The fast graph to the one that is deployed: from here on the layers are in `layer_graph`."""
-    return ir.passes.Sequential(GroupByRow())
+    return ir.passes.Sequential(GroupByRow(), JoinProducts())
 
 
 def float_ort_cpu() -> ir.passes.Sequential:

@@ -90,7 +90,10 @@ PRODUCTS = ("Conv", "MatMul", "Gemm")
 MORE_CAPTIONS = "not trained; weights fitted to 1,024 further captions"
 ENTRIES: tuple[Entry, ...] = (
     _ours("ours-w8a8", "`ort-cpu`, `--recipe default`", "w8a8", "ort-cpu"),
-    _ours("ours-w8a8-conv-in", "the same, `conv_in` in float", "w8a8", "ort-cpu", "quantization.keep_float=[conv_in]"),
+    _ours(
+        "ours-w8a8-once", "the same, no second products", "w8a8", "ort-cpu", "quantization.remainder=[]",
+        "quantization.remainder_share=0",
+    ),
     _ours("ours-w8a8-openvino", "`openvino`, `--recipe default`", "w8a8", "openvino"),
     _static("ort-s8s8-minmax", "QInt8", "QInt8", "MinMax", "S8S8, min-max"),
     _static("ort-u8s8-minmax", "QInt8", "QUInt8", "MinMax", "U8S8, min-max"),

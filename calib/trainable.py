@@ -11,20 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.fake_quantize import fake_quantize, straight_through_round
 from calib.observer import scaled_operands
 from calib.optimizer import ParameterGroup, StepOptimizer
 from calib.probe import ProbeResult
 from calib.quantizer import RowContext, swapped
+from calib.trainable_table import Tables, TrainableActivation
 from calib.trainable_weight import TrainableWeight, WeightMode
-from dmqexport.errors import CalibrationError
 from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights
-from dmqexport.quant_types import CENTERED_ZERO_POINT, MAX_BITS, ActivationQuant, CodeArray
+from dmqexport.quant_types import CodeArray
 
 
 @dataclass(frozen=True)
@@ -53,143 +51,6 @@ class TrainOptions:
     biases: bool = True
     rank: int = 32
     rates: Rates = field(default_factory=Rates)
-
-
-class Tables(nn.Module):
-    """All activation tables: per-row columns in one embedding, tensors that ignore the timestep in one vector.
-
-    θ of the scales and offsets of the zero_points, float32; [rows, n] and [m].
-    """
-
-    def __init__(self, rows: int, context: RowContext) -> None:
-        super().__init__()
-        self.context = context
-        self.row_count = rows
-        self._plans: list[ActivationQuant] = []
-        self._columns: list[tuple[bool, int]] = []
-        self._counts = {True: 0, False: 0}
-        self._gathered: dict[str, tuple[Tensor, ...]] = {}
-
-    def add(self, qparams: ActivationQuant) -> int:
-        """Register a table; returns its index."""
-        varies = qparams.rows > 1
-        self._plans.append(qparams)
-        self._columns.append((varies, self._counts[varies]))
-        self._counts[varies] += 1
-        return len(self._plans) - 1
-
-    def build(self, train: bool) -> None:
-        """Allocate the parameters once every table is registered."""
-        varying, constant = self._counts[True], self._counts[False]
-        for kind in ("scale", "zero_point"):
-            rows = nn.Parameter(torch.zeros(self.row_count, varying), requires_grad=train and varying > 0)
-            single = nn.Parameter(torch.zeros(constant), requires_grad=train and constant > 0)
-            self.register_parameter(f"{kind}_rows", rows)
-            self.register_parameter(f"{kind}_single", single)
-
-    def forget(self) -> None:
-        """Drop the gathered rows: a new batch, or new parameters."""
-        self._gathered.clear()
-
-    def column(self, index: int, kind: str) -> Tensor:
-        """θ or offset of table `index` for the running batch: [batch] or a scalar."""
-        varies, position = self._columns[index]
-        if not varies:
-            single: Tensor = self.get_parameter(f"{kind}_single")[position]
-            return single
-        if kind not in self._gathered:
-            rows = F.embedding(self.context.rows, self.get_parameter(f"{kind}_rows"), sparse=True)
-            self._gathered[kind] = rows.unbind(1)
-        return self._gathered[kind][position]
-
-    def rows_of(self, index: int, kind: str) -> Tensor:
-        """θ or offset of table `index`, all rows: [rows] or [1]."""
-        varies, position = self._columns[index]
-        if varies:
-            return self.get_parameter(f"{kind}_rows").detach()[:, position]
-        return self.get_parameter(f"{kind}_single").detach()[position : position + 1]
-
-    def set_rows(self, index: int, kind: str, values: Tensor) -> None:
-        """Write back what `rows_of` gave."""
-        varies, position = self._columns[index]
-        with torch.no_grad():
-            if varies:
-                self.get_parameter(f"{kind}_rows")[:, position] = values
-            else:
-                self.get_parameter(f"{kind}_single")[position] = values[0]
-
-    def frozen(self, index: int) -> ActivationQuant:
-        """Table `index` as the plan stores it."""
-        plan = self._plans[index]
-        scale = torch.from_numpy(plan.scale.copy()) * self.rows_of(index, "scale").exp()
-        zero_point = torch.from_numpy(plan.zero_point.copy())
-        if not _centered(plan):
-            moved = (zero_point + self.rows_of(index, "zero_point")).round()
-            zero_point = torch.minimum(moved.clamp_min(0), 2 ** torch.from_numpy(plan.widths.copy()) - 1).to(
-                torch.int64
-            )
-        found = ActivationQuant.from_rows(plan.widths, scale.numpy(), zero_point.numpy())
-        return replace(found, channel_factor=plan.channel_factor)
-
-
-def _centered(plan: ActivationQuant) -> bool:
-    return plan.bits == MAX_BITS and bool(np.all(plan.zero_point == CENTERED_ZERO_POINT))
-
-
-class TrainableActivation(nn.Module):
-    """Fake-quantizes one tensor with rows gathered per sample; several readers of one tensor share it."""
-
-    scale: Tensor
-    zero_point: Tensor
-    levels: Tensor
-
-    def __init__(self, name: str, plan: ActivationQuant, tables: Tables) -> None:
-        super().__init__()
-        self.name, self.plan = name, plan
-        self.centered = _centered(plan)
-        self.index = tables.add(plan)
-        self._tables = [tables]  # in a list: not a child, or every quantizer would own all tables
-        self.register_buffer("scale", torch.from_numpy(plan.scale.copy()), persistent=False)
-        self.register_buffer("zero_point", torch.from_numpy(plan.zero_point.copy()).float(), persistent=False)
-        self.register_buffer("levels", 2.0 ** torch.from_numpy(plan.widths.copy()) - 1, persistent=False)
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def tables(self) -> Tables:
-        """The tables it reads."""
-        return self._tables[0]
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        """Quantized and dequantized, same shape; the very same tensor is quantized once."""
-        if self._last is not None and self._last[0] is tensor:
-            return self._last[1]
-        values = tensor
-        if self.plan.channel_factor is not None:
-            factor = torch.from_numpy(self.plan.channel_factor.copy())
-            values = values / (factor.reshape(-1, 1, 1) if values.ndim == 4 else factor)
-        result = fake_quantize(values, *self.qparams(tensor))
-        self._last = (tensor, result)
-        return result
-
-    def forget(self) -> None:
-        """Drop the memory of the last tensor."""
-        if self._last is not None:  # setting an attribute of a module is slow, and most have nothing to drop
-            self._last = None
-
-    def qparams(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """scale, integer zero_point and 2**bits - 1, broadcastable over `like` [batch, ...]."""
-        rows = self.tables.context.rows
-        varies = self.plan.rows > 1
-        if varies and rows.shape[0] != like.shape[0]:
-            raise CalibrationError(f"{self.name}: batch {like.shape[0]} but {rows.shape[0]} timesteps")
-        shape = (-1, *([1] * (like.ndim - 1))) if varies else ()
-        scale = (self.scale[rows] if varies else self.scale[0]) * self.tables.column(self.index, "scale").exp()
-        zero_point = self.zero_point[rows] if varies else self.zero_point[0]
-        levels = self.levels[rows] if varies else self.levels[0]
-        if not self.centered:
-            moved = zero_point + self.tables.column(self.index, "zero_point")
-            zero_point = straight_through_round(torch.minimum(moved.clamp_min(0), levels))
-        return scale.reshape(shape), zero_point.reshape(shape), levels.reshape(shape)
 
 
 class TrainableLayer(nn.Module):

@@ -11,20 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.fake_quantize import fake_quantize, straight_through_round
 from calib.observer import scaled_operands
 from calib.optimizer import ParameterGroup, StepOptimizer
 from calib.probe import ProbeResult
 from calib.quantizer import RowContext, swapped
+from calib.trainable_table import Tables, TrainableActivation
 from calib.trainable_weight import TrainableWeight, WeightMode
-from dmqexport.errors import CalibrationError
 from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights
-from dmqexport.quant_types import CENTERED_ZERO_POINT, MAX_BITS, REMAINDER_STEPS, ActivationQuant, CodeArray
+from dmqexport.quant_types import CodeArray
 
 
 @dataclass(frozen=True)
@@ -55,146 +53,6 @@ class TrainOptions:
     rates: Rates = field(default_factory=Rates)
 
 
-class Tables(nn.Module):
-    """All activation tables: per-row columns in one embedding, tensors that ignore the timestep in one vector.
-
-    θ of the scales and offsets of the zero_points, float32; [rows, n] and [m].
-    """
-
-    def __init__(self, rows: int, context: RowContext) -> None:
-        super().__init__()
-        self.context = context
-        self.row_count = rows
-        self._plans: list[ActivationQuant] = []
-        self._columns: list[tuple[bool, int]] = []
-        self._counts = {True: 0, False: 0}
-        self._gathered: dict[str, tuple[Tensor, ...]] = {}
-
-    def add(self, qparams: ActivationQuant) -> int:
-        """Register a table; returns its index."""
-        varies = qparams.rows > 1
-        self._plans.append(qparams)
-        self._columns.append((varies, self._counts[varies]))
-        self._counts[varies] += 1
-        return len(self._plans) - 1
-
-    def build(self, train: bool) -> None:
-        """Allocate the parameters once every table is registered."""
-        varying, constant = self._counts[True], self._counts[False]
-        for kind in ("scale", "zero_point"):
-            rows = nn.Parameter(torch.zeros(self.row_count, varying), requires_grad=train and varying > 0)
-            single = nn.Parameter(torch.zeros(constant), requires_grad=train and constant > 0)
-            self.register_parameter(f"{kind}_rows", rows)
-            self.register_parameter(f"{kind}_single", single)
-
-    def forget(self) -> None:
-        """Drop the gathered rows: a new batch, or new parameters."""
-        self._gathered.clear()
-
-    def column(self, index: int, kind: str) -> Tensor:
-        """θ or offset of table `index` for the running batch: [batch] or a scalar."""
-        varies, position = self._columns[index]
-        if not varies:
-            single: Tensor = self.get_parameter(f"{kind}_single")[position]
-            return single
-        if kind not in self._gathered:
-            rows = F.embedding(self.context.rows, self.get_parameter(f"{kind}_rows"), sparse=True)
-            self._gathered[kind] = rows.unbind(1)
-        return self._gathered[kind][position]
-
-    def rows_of(self, index: int, kind: str) -> Tensor:
-        """θ or offset of table `index`, all rows: [rows] or [1]."""
-        varies, position = self._columns[index]
-        if varies:
-            return self.get_parameter(f"{kind}_rows").detach()[:, position]
-        return self.get_parameter(f"{kind}_single").detach()[position : position + 1]
-
-    def set_rows(self, index: int, kind: str, values: Tensor) -> None:
-        """Write back what `rows_of` gave."""
-        varies, position = self._columns[index]
-        with torch.no_grad():
-            if varies:
-                self.get_parameter(f"{kind}_rows")[:, position] = values
-            else:
-                self.get_parameter(f"{kind}_single")[position] = values[0]
-
-    def frozen(self, index: int) -> ActivationQuant:
-        """Table `index` as the plan stores it."""
-        plan = self._plans[index]
-        scale = torch.from_numpy(plan.scale.copy()) * self.rows_of(index, "scale").exp()
-        zero_point = torch.from_numpy(plan.zero_point.copy())
-        if not _centered(plan):
-            moved = (zero_point + self.rows_of(index, "zero_point")).round()
-            zero_point = torch.minimum(moved.clamp_min(0), 2 ** torch.from_numpy(plan.widths.copy()) - 1).to(
-                torch.int64
-            )
-        found = ActivationQuant.from_rows(plan.widths, scale.numpy(), zero_point.numpy())
-        return replace(found, channel_factor=plan.channel_factor)
-
-
-def _centered(plan: ActivationQuant) -> bool:
-    return plan.bits == MAX_BITS and bool(np.all(plan.zero_point == CENTERED_ZERO_POINT))
-
-
-class TrainableActivation(nn.Module):
-    """Fake-quantizes one tensor with rows gathered per sample; several readers of one tensor share it."""
-
-    scale: Tensor
-    zero_point: Tensor
-    levels: Tensor
-
-    def __init__(self, name: str, plan: ActivationQuant, tables: Tables, remainder: bool = False) -> None:
-        super().__init__()
-        self.name, self.plan, self.remainder = name, plan, remainder
-        self.centered = _centered(plan)
-        self.index = tables.add(plan)
-        self._tables = [tables]  # in a list: not a child, or every quantizer would own all tables
-        self.register_buffer("scale", torch.from_numpy(plan.scale.copy()), persistent=False)
-        self.register_buffer("zero_point", torch.from_numpy(plan.zero_point.copy()).float(), persistent=False)
-        self.register_buffer("levels", 2.0 ** torch.from_numpy(plan.widths.copy()) - 1, persistent=False)
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def tables(self) -> Tables:
-        """The tables it reads."""
-        return self._tables[0]
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        """Quantized and dequantized, same shape; the very same tensor is quantized once."""
-        if self._last is not None and self._last[0] is tensor:
-            return self._last[1]
-        values = tensor
-        if self.plan.channel_factor is not None:
-            factor = torch.from_numpy(self.plan.channel_factor.copy())
-            values = values / (factor.reshape(-1, 1, 1) if values.ndim == 4 else factor)
-        scale, zero_point, levels = self.qparams(tensor)
-        result = fake_quantize(values, scale, zero_point, levels)
-        if self.remainder:
-            result = result + fake_quantize(values - result, scale / REMAINDER_STEPS, zero_point, levels)
-        self._last = (tensor, result)
-        return result
-
-    def forget(self) -> None:
-        """Drop the memory of the last tensor."""
-        if self._last is not None:  # setting an attribute of a module is slow, and most have nothing to drop
-            self._last = None
-
-    def qparams(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """scale, integer zero_point and 2**bits - 1, broadcastable over `like` [batch, ...]."""
-        rows = self.tables.context.rows
-        varies = self.plan.rows > 1
-        if varies and rows.shape[0] != like.shape[0]:
-            raise CalibrationError(f"{self.name}: batch {like.shape[0]} but {rows.shape[0]} timesteps")
-        shape = (-1, *([1] * (like.ndim - 1))) if varies else ()
-        scale = (self.scale[rows] if varies else self.scale[0]) * self.tables.column(self.index, "scale").exp()
-        zero_point = self.zero_point[rows] if varies else self.zero_point[0]
-        levels = self.levels[rows] if varies else self.levels[0]
-        if not self.centered:
-            moved = zero_point + self.tables.column(self.index, "zero_point")
-            zero_point = straight_through_round(torch.minimum(moved.clamp_min(0), levels))
-        return scale.reshape(shape), zero_point.reshape(shape), levels.reshape(shape)
-
-
 class TrainableLayer(nn.Module):
     """A Conv2d or Linear in training: one weight and one activation quantizer a segment."""
 
@@ -221,7 +79,10 @@ class TrainableLayer(nn.Module):
             self.weights.append(
                 TrainableWeight(part, codes.codes(plan.name, index), segment.weight, options.weights, options.rank)
             )
+        self._parts = [weight for weight in self.weights if isinstance(weight, TrainableWeight)]
         self._quantizers = quantizers
+        self.keeps = False
+        self._kept: tuple[Tensor, int, Tensor, int] | None = None
         bias = torch.from_numpy(plan.bias.copy()) if plan.bias is not None else base.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=options.biases)
 
@@ -232,10 +93,30 @@ class TrainableLayer(nn.Module):
 
     def parts(self) -> list[TrainableWeight]:
         """The weights, one a segment."""
-        return [weight for weight in self.weights if isinstance(weight, TrainableWeight)]
+        return self._parts
+
+    @property
+    def constant(self) -> bool:
+        """Whether equal inputs give equal outputs, whatever the timestep."""
+        return all(quantizer is None or quantizer.constant for quantizer in self._quantizers)
+
+    def forget(self) -> None:
+        """Drop the memory of the last tensor."""
+        if self._kept is not None:  # setting an attribute of a module is slow, and most have nothing to drop
+            self._kept = None
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """Same shapes as the float layer."""
+        """Same shapes as the float layer; where it `keeps`, the very same tensor is multiplied once."""
+        if self._kept is not None:
+            source, version, kept, changes = self._kept
+            if source is tensor and version == tensor._version and changes == kept._version:
+                return kept
+        output = self._computed(tensor)
+        if self.keeps:
+            self._kept = tensor, tensor._version, output, output._version
+        return output
+
+    def _computed(self, tensor: Tensor) -> Tensor:
         axis = 1 if self.conv else tensor.ndim - 1
         total: Tensor | None = None
         for index, (start, stop) in enumerate(self.spans):
@@ -243,7 +124,7 @@ class TrainableLayer(nn.Module):
             quantizer = self._quantizers[index]
             seen = part if quantizer is None else quantizer(part)
             bias = self.bias if index == 0 else None
-            output = self._operator(seen, self.weights[index](), bias)
+            output = self._operator(seen, self._parts[index].weight(), bias)
             total = output if total is None else total + output
         assert total is not None
         return total
@@ -279,18 +160,30 @@ class TrainableModel:
     def __init__(self, plan: QuantPlan, options: TrainOptions) -> None:
         self.plan, self.options = plan, options
         self.context = RowContext(
-            torch.from_numpy(plan.row_map.copy()), listeners=[self.forget], timestep_scale=plan.timestep_scale
+            torch.from_numpy(plan.row_map.copy()), listeners=[self._next_call], timestep_scale=plan.timestep_scale
         )
         self.tables = Tables(plan.rows, self.context)
         self.layers: dict[str, TrainableLayer] = {}
         self.attentions: dict[str, TrainableAttention] = {}
         self._shared: dict[tuple[str, int], TrainableActivation] = {}
+        self._keeps = False
 
     def forget(self) -> None:
         """Drop what belongs to the last batch."""
         self.tables.forget()
         for quantizer in self._quantizers():
             quantizer.forget()
+        for layer in self.layers.values():
+            layer.forget()
+
+    def _next_call(self) -> None:
+        if not self._keeps:
+            self.forget()
+            return
+        self.tables.forget_rows()
+        for quantizer in self._quantizers():
+            if not quantizer.constant:
+                quantizer.forget()
 
     def add(self, base: nn.Conv2d | nn.Linear, plan: LayerQuant, source: str, codes: QuantWeights) -> TrainableLayer:
         """Make one layer trainable; layers that read the tensor of `source` with equal qparams share its table."""
@@ -309,16 +202,29 @@ class TrainableModel:
         return self.layers[plan.name]
 
     @contextmanager
-    def held_weights(self) -> Iterator[None]:
-        """Quantize every weight once for all calls inside, gradients included."""
-        parts = [weight for layer in self.layers.values() for weight in layer.parts()]
+    def held_weights(self, keep: bool = False) -> Iterator[None]:
+        """Quantize every weight once for all calls inside, gradients included.
+
+        keep: what no timestep changes is computed once too, where a layer gets the very same tensor again, as those do
+        that read the text. Calls are then parts of one graph: none may be recomputed for its gradient.
+        """
+        layers = list(self.layers.values())
+        parts = [weight for layer in layers for weight in layer.parts()]
+        self.forget()
+        self._keeps = keep
+        for layer in layers:
+            layer.keeps = keep and layer.constant
         for weight in parts:
             weight.held = weight.quantized()
         try:
             yield
         finally:
+            self._keeps = False
+            for layer in layers:
+                layer.keeps = False
             for weight in parts:
                 weight.held = None
+            self.forget()
 
     def _quantizers(self) -> Iterator[TrainableActivation]:
         for layer in self.layers.values():

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from operator_pieces import compare, cut_piece, draw, float_values, pieces, run_piece
+from operator_pieces import compare, cut_piece, draw, draw_remainders, float_values, pieces, run_piece
 from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
 
 from dmqexport.errors import EngineError, LoweringError
@@ -39,6 +39,32 @@ def test_the_lowered_operators_mean_the_canonical_ones(deep: Exported, tmp_path:
     plan = draw(deep, tmp_path, seed)
     lowering = lower_openvino(plan, QuantWeights(tmp_path / "codes"), vnni=vnni)
     assert compare(deep, plan, tmp_path / "codes", lowering) <= 1e-6
+
+
+@pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])
+@pytest.mark.parametrize(("seed", "bits"), [(0, 8), (1, 8), (2, 4), (3, 6)])
+def test_both_products_of_remainders_mean_the_canonical_ones(
+    deep: Exported, tmp_path: Path, seed: int, bits: int, vnni: bool
+) -> None:
+    plan = draw_remainders(deep, tmp_path, seed, bits)
+    lowering = lower_openvino(plan, QuantWeights(tmp_path / "codes"), vnni=vnni)
+    assert compare(deep, plan, tmp_path / "codes", lowering) <= 1e-6
+
+
+@pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])
+@pytest.mark.parametrize(("seed", "bits"), [(1, 8), (4, 4)])
+def test_openvino_executes_both_products_of_remainders_in_int8(
+    deep: Exported, tmp_path: Path, seed: int, bits: int, vnni: bool
+) -> None:
+    plan = draw_remainders(deep, tmp_path, seed, bits)
+    path, expected = lowered_file(deep, plan, tmp_path, vnni)
+    assert {name: len(nodes) for name, nodes in expected.items()} == {
+        layer.name: 2 * len(layer.segments) for layer in plan.layers
+    }
+    shapes = {name: tuple(value.shape) for name, value in random_inputs(BATCH, 0).items()}
+    proofs = prove_int8(OpenVinoRunner(path, threads=1).executed(shapes), expected)
+    assert [proof.node for proof in proofs] == [node for nodes in expected.values() for node in nodes]
+    assert {proof.weight for proof in proofs} == {"i8"}
 
 
 def execute(

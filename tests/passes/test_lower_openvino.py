@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +93,13 @@ def distance_to_tie(model: ir.Model, layer: str, names: list[str], feeds: dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_openvino_computes_the_canonical_operators(deep: Exported, tmp_path: Path, seed: int) -> None:
-    plan = draw(deep, tmp_path, seed)
+@pytest.mark.parametrize(
+    ("make", "seed"), [*((draw, seed) for seed in range(4)), (draw_remainders, 0), (draw_remainders, 1)]
+)
+def test_openvino_computes_the_canonical_operators(
+    deep: Exported, tmp_path: Path, make: Callable[..., QuantPlan], seed: int
+) -> None:
+    plan = make(deep, tmp_path, seed)
     reference, lowered = (canonical_graph(deep, plan, tmp_path / "codes") for _ in range(2))
     lower_openvino(plan, QuantWeights(tmp_path / "codes"), vnni=True)(lowered)
     inputs, operators = random_inputs(BATCH, seed=5), pieces(deep, plan)

@@ -87,7 +87,7 @@ def test_remainders_and_what_they_are_left_over_of_stay_in_float32(
     """In half the remainder would be that of an operand rounded to 11 bits, and the sum of the products rounded too."""
     plan = draw_remainders(deep, tmp_path, 1)
     model = lowered(deep, tmp_path, plan, half=dtype)
-    endings = ("/left_over", "/remainder", "/summed", "/remainder/rescaled", "/remainder/dequantized")
+    endings = ("/left_over", "/remainder", "/with_remainder", "/remainder/rescaled", "/remainder/dequantized")
     parts = [node for node in model.graph if str(node.name).endswith(endings)]
     assert len(parts) >= 4 * len(plan.layers)
     for node in parts:

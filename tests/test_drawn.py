@@ -200,6 +200,8 @@ def test_a_recipe_says_what_was_left_out(tmp_path: Path) -> None:
     recipe = drawn(tmp_path)
     quantization = recipe.quantization
     assert (recipe.scaling.method, quantization.rounding, quantization.range) == ("none", "nearest", "minmax")
+    asked = drawn(tmp_path, **{"bits": "w8a8", "quantization.remainder_share": 0.1})
+    assert quantization.remainder_share == asked.quantization.remainder_share == 0, "no activation's error is measured"
     assert recipe.validation.gates.eps_sqnr_db is None
     assert load_recipe(None, {"model": "emoji"}, []).calibration.statistics == "measured"
 

@@ -270,6 +270,27 @@ def test_second_build_reuses_everything_and_replaces_the_bundle(plain_bundle: Bu
     assert (output / "dmqexport" / "manifest.json").read_bytes() == before
 
 
+def test_remainders_are_chosen_once_within_their_share(tiny_plain: Path, tmp_path: Path) -> None:
+    """The layer that reads the sample has one anyway; the others take no more of the work than the recipe grants."""
+    arguments = ("--bits", "w8a8", "--set", "quantization.remainder_share=0.1", "--set", "allocation.entries=8")
+    answer = build(tiny_plain, tmp_path / "out", tmp_path / "work", *arguments)
+    assert answer.code == 0, answer.err
+    assert not answer.stages["remainders"]
+    plan = open_bundle(tmp_path / "out").plan
+    twice = {layer.name for layer in plan.layers if layer.has_remainder}
+    (found,) = (tmp_path / "work").rglob("remainders.json")
+    chosen = json.loads(found.read_text())
+    assert twice == {"conv_in", *chosen["chosen"]} > {"conv_in"}
+    assert 0 < chosen["share"] <= 0.1
+    assert sum(gain["error"] for gain in chosen["gains"].values()) < 1, "conv_in's rounding is done with"
+    layers = {layer["name"]: layer["nominal_bits"]["activation"] for layer in report(tmp_path / "out")["layers"]}
+    assert {name for name, bits in layers.items() if bits == 16} == twice
+    again = build(tiny_plain, tmp_path / "out", tmp_path / "work", *arguments)
+    assert again.stages["remainders"]
+    assert again.stages["plan"]
+    assert (plan.allocation.average_activation_bits or 0) > 8
+
+
 def test_other_bits_reuse_the_trajectories(plain_bundle: Built, tmp_path: Path) -> None:
     answer = build(plain_bundle.model, tmp_path / "out", plain_bundle.work, "--bits", "w6a8", verb="export")
     assert answer.code == 0, answer.err
@@ -376,6 +397,7 @@ def refused_build(model: Path, tmp_path: Path, code: int, words: tuple[str, ...]
         (("--steps", "21"), ("--steps", "21", "1 to 20")),
         (("--set", "quantization.overrides={nothing*: w8a8}"), ("quantization.overrides", "'nothing*'", "conv_in")),
         (("--set", "quantization.boundary=[nothing]"), ("quantization.boundary", "'nothing'", "conv_in")),
+        (("--set", "quantization.remainder=[nothing]"), ("quantization.remainder", "'nothing'", "conv_in")),
         (("--set", "quantization.keep_float=[nothing]"), ("quantization.keep_float", "'nothing'", "conv_in")),
         (("--scheduler", "euler"), ("EulerDiscreteScheduler", "ddim, ddpm, dpm-solver")),
         (("--scheduler", "dim"), ("unknown scheduler 'dim'", "did you mean 'ddim'")),

@@ -178,6 +178,12 @@ def test_what_is_asked_for_more_takes_longer(cost: Footprint) -> None:
     assert spared["sampler"].seconds > long["sampler"].seconds
     few, many = (stages_of(cost, "default", **{"allocation.mixed": True, "allocation.entries": n}) for n in (40, 160))
     assert many["sensitivity"].seconds == pytest.approx(4 * few["sensitivity"].seconds, rel=0.1)
+    eight = {"bits": "w8a8", "quantization.remainder_share": 0.1}
+    few, many = (stages_of(cost, "default", **eight, **{"allocation.entries": count}) for count in (40, 160))
+    assert 0 < few["remainders"].seconds < many["remainders"].seconds < 4 * few["remainders"].seconds
+    assert many["remainders"].forward_seconds > 3 * few["remainders"].forward_seconds > 0
+    for spared in ({"quantization.remainder_share": 0.0}, {"bits": "w4a4"}, {"bits": "w8a16"}):
+        assert "remainders" not in stages_of(cost, "default", **{**eight, **spared}), spared
     assert {"candidates", "sensitivity", "allocation"}.isdisjoint(stages_of(cost, "default"))
 
 

@@ -222,6 +222,70 @@ def test_impossible_plans_are_refused() -> None:
         AttentionQuant("attention", plain, factors, plain, plain)
 
 
+def remaining_plan() -> QuantPlan:
+    """A convolution over two halves of which the second has a remainder, and a linear layer with rows that has one."""
+    weight = WeightQuant(4, [1.0, 0.5], [3, 8])
+    plain, centered = ActivationQuant.from_rows(8, [0.5], [100]), ActivationQuant.from_rows(8, [0.5], [128])
+    rows = ActivationQuant.from_rows(8, [0.5, 0.25], [128, 128], [1.0, 2.0])
+    half = LayerQuant("half", LayerOp.CONV, (Segment(0, 1, weight, plain), Segment(1, 3, weight, centered, True)), 6)
+    whole = LayerQuant("whole", LayerOp.LINEAR, (Segment(0, 2, weight, rows, True),), 4)
+    other = LayerQuant("other", LayerOp.LINEAR, (Segment(0, 2, weight, rows),), 4)
+    return QuantPlan("ab" * 32, "w4a8", np.array([0, 1]), 2, (half, whole, other))
+
+
+def test_remainders_round_trip(tmp_path: Path) -> None:
+    plan = remaining_plan()
+    plan.save(tmp_path)
+    loaded = QuantPlan.load(tmp_path)
+    assert loaded.fingerprint == plan.fingerprint
+    flags = [[segment.remainder for segment in layer.segments] for layer in loaded.layers]
+    assert flags == [[False, True], [True], [False]]
+    assert [layer.has_remainder for layer in loaded.layers] == [True, True, False]
+    for (_, left), (_, right) in zip(plan.activations(), loaded.activations(), strict=True):
+        assert left.same_as(right)
+
+
+def test_documents_from_before_remainders_load_without_any(tmp_path: Path) -> None:
+    """Their segments lack the key; plans without remainders are written as they were then, to the same fingerprint."""
+    plan = random_plan(6)
+    plan.save(tmp_path)
+    assert "remainder" not in (tmp_path / PLAN_JSON).read_text(encoding="utf-8")
+    assert not any(layer.has_remainder for layer in QuantPlan.load(tmp_path).layers)
+    remaining_plan().save(tmp_path)
+    document = json.loads((tmp_path / PLAN_JSON).read_text(encoding="utf-8"))
+    written = [segment for layer in document["layers"] for segment in layer["segments"]]
+    assert [segment.pop("remainder", None) for segment in written] == [None, True, True, None]
+    (tmp_path / PLAN_JSON).write_text(json.dumps(document), encoding="utf-8")
+    assert not any(layer.has_remainder for layer in QuantPlan.load(tmp_path).layers)
+
+
+def test_fingerprint_sees_a_remainder() -> None:
+    plan = remaining_plan()
+    changed = []
+    for position, layer in enumerate(plan.layers[1:], start=1):
+        (segment,) = layer.segments
+        flipped = replace(layer, segments=(replace(segment, remainder=not segment.remainder),))
+        layers = (*plan.layers[:position], flipped, *plan.layers[position + 1 :])
+        changed.append(replace(plan, layers=layers).fingerprint)
+    assert len({plan.fingerprint, *changed}) == 3
+
+
+def test_impossible_remainders_are_refused() -> None:
+    weight = WeightQuant(4, [1.0], [3])
+    with pytest.raises(ValueError, match="a: float activations leave no remainder"):
+        LayerQuant("a", LayerOp.LINEAR, (Segment(0, 2, weight, None, True),), 2)
+    for bits, zero_point in ((4, 8), (8, 127)):
+        activation = ActivationQuant.from_rows(bits, [0.5], [zero_point])
+        with pytest.raises(ValueError, match="only centered 8-bit codes"):
+            LayerQuant("a", LayerOp.LINEAR, (Segment(0, 2, weight, activation, True),), 2)
+
+
+def test_a_remainder_counts_as_8_bits_more() -> None:
+    half, whole, other = remaining_plan().layers
+    assert (half.mean_activation_bits, whole.mean_activation_bits, other.mean_activation_bits) == (16, 16, 8)
+    assert whole.activation_bits == 8, "what products multiply"
+
+
 def test_segments_of_one_layer_share_their_weight_bits() -> None:
     """The file keeps one width a layer: a plan that holds two must not be saved as if it held one."""
     segments = (Segment(0, 2, WeightQuant(4, [1.0], [3]), None), Segment(2, 4, WeightQuant(6, [1.0], [3]), None))

@@ -11,6 +11,7 @@ from dmqexport.quant_types import (
     CENTERED_ZERO_POINT,
     MAX_BITS,
     MIN_BITS,
+    REMAINDER_STEPS,
     ActivationQuant,
     BitWidths,
     RowConstants,
@@ -19,6 +20,7 @@ from dmqexport.quant_types import (
     dequantize_weight,
     frozen_array,
     quantize_weight,
+    remainder_of,
 )
 
 all_bits = st.integers(MIN_BITS, MAX_BITS)
@@ -218,6 +220,68 @@ def test_rows_may_differ_in_bits_up_to_7() -> None:
 def test_impossible_row_bits_are_refused(bits: list[int], zero: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ActivationQuant.from_rows(bits, [0.5, 0.5], zero)
+
+
+@given(
+    st.lists(scales, min_size=1, max_size=4),
+    st.none() | st.lists(st.floats(2.0**-4, 2.0**4, width=32), min_size=1, max_size=4),
+    st.integers(0, 2**32 - 1),
+)
+@fixed
+def test_codes_and_those_of_the_remainder_are_the_value_to_16_bits(
+    rows: list[float], factor: list[float] | None, seed: int
+) -> None:
+    """Half a step of the remainder is all that is lost, but for float32's own rounding of a value of 128 steps."""
+    first = ActivationQuant.from_rows(MAX_BITS, rows, [CENTERED_ZERO_POINT] * len(rows), factor)
+    rest, constants = remainder_of(first), first.constants()
+    reference, finer = np.float32(first.scale_ref), np.float32(rest.scale_ref)
+    factors = np.ones(1, dtype=np.float32) if first.channel_factor is None else first.channel_factor
+    random = np.random.default_rng(seed)
+    for row in range(first.rows):
+        step = first.scale[row].astype(np.float64) * factors
+        within = np.concatenate([np.arange(-128, 127.5, 0.5), random.uniform(-128, 127, 300)])
+        values = (within[:, np.newaxis] * step).astype(np.float32)
+        scaled = values * constants.rho[row]
+        codes = np.clip(np.rint(scaled / reference), -128, 127).astype(np.float32)
+        left = scaled - codes * reference
+        codes_left = np.rint(left / finer)
+        assert np.abs(codes_left).max() <= REMAINDER_STEPS // 2, "the remainder's int8 codes never saturate"
+        sums = codes * reference + codes_left.astype(np.float32) * finer
+        error = np.abs((sums * constants.inv_rho[row] * factors).astype(np.float64) - values) / step
+        assert error.max() <= 0.5 / REMAINDER_STEPS + 2.0**-14
+
+
+@given(st.lists(scales, min_size=1, max_size=5), st.none() | st.lists(scales, min_size=1, max_size=5))
+@fixed
+def test_a_remainder_has_a_254th_of_the_scales_and_the_rest_of_its_quantizer(
+    rows: list[float], factor: list[float] | None
+) -> None:
+    first = ActivationQuant.from_rows(MAX_BITS, rows, [CENTERED_ZERO_POINT] * len(rows), factor)
+    rest = remainder_of(first)
+    np.testing.assert_array_equal(rest.scale, first.scale / np.float32(254))
+    assert np.float32(rest.scale_ref) == np.float32(first.scale_ref) / np.float32(254)
+    np.testing.assert_array_equal(rest.zero_point, first.zero_point)
+    assert (rest.bits, rest.rows) == (MAX_BITS, first.rows)
+    assert (rest.channel_factor is None) == (first.channel_factor is None)
+    if first.channel_factor is not None:
+        np.testing.assert_array_equal(rest.channel_factor, first.channel_factor)
+    assert not rest.constants().has_clip
+    assert not rest.constants().has_shift
+
+
+@pytest.mark.parametrize(
+    "qparams",
+    [
+        ActivationQuant.from_rows(7, [0.5], [64]),
+        ActivationQuant.from_rows(4, [0.5], [8]),
+        ActivationQuant.from_rows(8, [0.5], [127]),
+        ActivationQuant.from_rows(8, [0.5, 0.25], [128, 0]),
+    ],
+    ids=["7 bits", "4 bits", "a shift", "a shift in one row"],
+)
+def test_only_centered_8_bit_codes_have_a_remainder(qparams: ActivationQuant) -> None:
+    with pytest.raises(ValueError, match="only centered 8-bit codes can have a remainder"):
+        remainder_of(qparams)
 
 
 def test_same_as_sees_every_field() -> None:

@@ -90,6 +90,15 @@ WRONG = [
         options={"target": "tpu"},
     ),
     Wrong("option out of range", ("--rows", "calibration.rows", "greater", "got 0"), options={"calibration.rows": 0}),
+    Wrong(
+        "more work than there is",
+        ("quantization.remainder_share", "1", "got 1.5"),
+        ("quantization.remainder_share=1.5",),
+    ),
+    Wrong(
+        "work below nothing", ("quantization.remainder_share", "0", "got -0.1"), ("quantization.remainder_share=-0.1",)
+    ),
+    Wrong("text for remainders", ("quantization.remainder", "list", "'conv_in'"), ("quantization.remainder=conv_in",)),
     Wrong("other schema", ("schema_version", "expected 1", "got 2"), ("schema_version=2",)),
     Wrong("no model", ("no model given", "-m"), options={"model": None}),
 ]
@@ -156,3 +165,13 @@ def test_a_file_is_told_from_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_recipe("mine", {"model": "m"}, []).seed == 8
     with pytest.raises(RecipeError, match=r"absent\.yaml cannot be read"):
         load_recipe("absent.yaml", {"model": "m"}, [])
+
+
+def test_remainders_are_those_of_the_sample_unless_told() -> None:
+    plain = load().quantization
+    assert plain.remainder is None
+    assert load("quantization.remainder=[]").quantization.remainder == ()
+    assert load("quantization.remainder=[conv_in]", "quantization.remainder_share=1").quantization.remainder == (
+        "conv_in",
+    )
+    assert load("quantization.remainder_share=0").quantization.remainder_share == 0

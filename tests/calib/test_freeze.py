@@ -1,5 +1,6 @@
 """From statistics to a plan: shared quantizers, codes that fit their scales, a full account of what is float."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from calib.observer import ActivationStatistics, Observer
 from calib.probe import ProbeResult, probe
 from calib.timestep_table import equal_groups
 from dmqexport.quant_plan import QuantPlan, QuantWeights
-from dmqexport.quant_types import BitWidths, dequantize_weight
+from dmqexport.quant_types import CENTERED_ZERO_POINT, BitWidths, dequantize_weight
 
 ROW_MAP = equal_groups(TIMESTEPS, 5)
 W4A4 = BitWidths(4, 4)
@@ -37,10 +38,14 @@ def make(
     overrides: dict[str, BitWidths] | None = None,
     keep_float: list[str] | None = None,
     attention_bits: int | None = None,
+    remainders: tuple[str, ...] = (),
 ) -> QuantPlan:
     denoiser, found, statistics = calibrated
     chosen = uniform(found, bits, ["conv"], overrides or {}, keep_float or [])
-    return freeze(denoiser, found, chosen, statistics, ROW_MAP, attention_bits, "model", str(bits), folder / "codes")
+    return freeze(
+        denoiser, found, chosen, statistics, ROW_MAP, attention_bits, "model", str(bits), folder / "codes",
+        remainders=remainders,
+    )  # fmt: skip
 
 
 def test_readers_of_one_tensor_share_a_quantizer_only_at_equal_bits(calibrated: Calibrated, tmp_path: Path) -> None:
@@ -153,3 +158,84 @@ def test_rows_get_the_bits_they_are_given(calibrated: Calibrated, tmp_path: Path
     plan.save(tmp_path)
     for (name, left), (_, right) in zip(plan.activations(), QuantPlan.load(tmp_path).activations(), strict=True):
         assert left.same_as(right), name
+
+
+W8A8 = BitWidths(8, 8)
+
+
+def test_a_remainder_belongs_to_a_centered_quantizer_with_room(calibrated: Calibrated, tmp_path: Path) -> None:
+    """A quarter more than anything that was seen, of either sign, row by row."""
+    plan = make(calibrated, tmp_path, W8A8, remainders=("conv", "scaled", "joined", "text"))
+    sources = {info.name: info.source for info in calibrated[1].layers}
+    for name in ("conv", "scaled", "joined", "text"):
+        layer = plan.layer(name)
+        assert "two int8 products" in layer.reason
+        for index, segment in enumerate(layer.segments):
+            assert segment.remainder
+            assert segment.activation is not None
+            assert set(segment.activation.zero_point.tolist()) == {CENTERED_ZERO_POINT}
+            observed = calibrated[2][f"{sources[name]}#{index}"]
+            extreme = torch.maximum(observed.high, -observed.low).numpy()
+            reached = np.broadcast_to(segment.activation.scale * 127, extreme.shape)
+            np.testing.assert_allclose(reached[extreme > 0], 1.25 * extreme[extreme > 0], rtol=1e-5)
+            assert bool(np.all(reached >= extreme))
+    assert plan.layer("scaled").segments[0].activation is not None
+    assert not plan.layer("time").has_remainder
+    assert "two int8 products" not in plan.layer("time").reason
+
+
+def test_only_8_bit_activations_have_a_remainder(calibrated: Calibrated, tmp_path: Path) -> None:
+    names = ("conv", "conv_shared", "text", "joined")
+    plan = make(calibrated, tmp_path, remainders=names, overrides={"text": BitWidths(4, None)})
+    assert [layer.name for layer in plan.layers if layer.has_remainder] == ["conv"], "the boundary alone has 8 bits"
+    plain = make(calibrated, tmp_path, overrides={"text": BitWidths(4, None)})
+    for name in names[1:]:
+        for left, right in zip(plan.layer(name).segments, plain.layer(name).segments, strict=True):
+            assert (left.activation is None) == (right.activation is None)
+            assert left.activation is None or (
+                right.activation is not None and left.activation.same_as(right.activation)
+            )
+        assert plan.layer(name).reason == plain.layer(name).reason
+
+
+def test_readers_with_a_remainder_share_their_quantizer_among_themselves(
+    calibrated: Calibrated, tmp_path: Path
+) -> None:
+    both = dict(make(calibrated, tmp_path, W8A8, remainders=("conv", "conv_shared")).activations())
+    assert both["conv#0"] is both["conv_shared#0"]
+    one = dict(make(calibrated, tmp_path, W8A8, remainders=("conv",)).activations())
+    assert not one["conv#0"].same_as(one["conv_shared#0"])
+
+
+def test_a_row_that_saw_nothing_but_zero_takes_the_widest_range(calibrated: Calibrated, tmp_path: Path) -> None:
+    denoiser, found, statistics = calibrated
+    source = next(info.source for info in found.layers if info.name == "scaled")
+    seen = statistics[f"{source}#0"]
+    low, high = seen.low.clone(), seen.high.clone()
+    low[0], high[0] = 0.0, 0.0
+    changed = {**statistics, f"{source}#0": replace(seen, low=low, high=high)}
+    plan = make((denoiser, found, changed), tmp_path, W8A8, remainders=("scaled",))
+    activation = plan.layer("scaled").segments[0].activation
+    assert activation is not None
+    assert activation.scale[0] == activation.scale.max()
+
+
+def test_bits_of_rows_leave_remainders_alone(calibrated: Calibrated, tmp_path: Path) -> None:
+    plain = make(calibrated, tmp_path, overrides={"scaled": W8A8}, remainders=("conv", "scaled"))
+    row_bits = RowBits(np.array([3, 0, -1, -2, -2]), np.full(5, 0.2, dtype=np.float32))
+    plan = with_row_bits(plain, calibrated[1], calibrated[2], row_bits)
+    for name in ("conv", "scaled"):
+        (before,), (after,) = plain.layer(name).segments, plan.layer(name).segments
+        assert after.remainder
+        assert after.activation is before.activation
+    assert len(set(plan.layer("joined").segments[0].activation.widths.tolist())) > 1  # type: ignore[union-attr]
+
+
+def test_a_remainder_counts_twice_in_the_average(calibrated: Calibrated, tmp_path: Path) -> None:
+    found = {info.name: info for info in calibrated[1].layers}
+    plan = make(calibrated, tmp_path, W8A8, remainders=("conv", "text"))
+    macs = sum(found[layer.name].macs for layer in plan.layers)
+    twice = found["conv"].macs + found["text"].macs
+    assert plan.allocation.average_activation_bits == pytest.approx(8 * (macs + twice) / macs, abs=1e-6)
+    average = sum(found[layer.name].macs * (layer.mean_activation_bits or 0) for layer in plan.layers) / macs
+    assert plan.allocation.average_activation_bits == pytest.approx(average, abs=1e-6)

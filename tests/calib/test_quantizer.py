@@ -17,8 +17,8 @@ from calib.probe import ProbeResult, probe
 from calib.quantizer import ActivationQuantizer, QuantizedLayer, RowContext, simulate
 from calib.timestep_table import equal_groups
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
-from dmqexport.quant_types import ActivationQuant, BitWidths, WeightQuant, quantize_weight
+from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment, remainder_name
+from dmqexport.quant_types import ActivationQuant, BitWidths, WeightQuant, dequantize_weight, quantize_weight
 
 ROW_MAP = equal_groups(TIMESTEPS, 5)
 
@@ -36,12 +36,21 @@ def found(denoiser: nn.Module) -> ProbeResult:
 
 
 def frozen(
-    denoiser: nn.Module, found: ProbeResult, folder: Path, bits: str, attention_bits: int | None = 8
+    denoiser: nn.Module,
+    found: ProbeResult,
+    folder: Path,
+    bits: str,
+    attention_bits: int | None = 8,
+    remainders: tuple[str, ...] = (),
 ) -> tuple[QuantPlan, QuantWeights]:
+    folder.mkdir(exist_ok=True)
     observer = Observer(found, ROW_MAP, 512, seed=0, attention=True)
     statistics = observer.observe(denoiser, random_calibration(20), lambda inputs: denoiser(**inputs), 5)
     chosen = uniform(found, BitWidths.parse(bits), ["conv"], {}, [])
-    plan = freeze(denoiser, found, chosen, statistics, ROW_MAP, attention_bits, "model", bits, folder / "codes")
+    plan = freeze(
+        denoiser, found, chosen, statistics, ROW_MAP, attention_bits, "model", bits, folder / "codes",
+        remainders=remainders,
+    )  # fmt: skip
     return plan, QuantWeights(folder / "codes")
 
 
@@ -150,6 +159,42 @@ def test_codes_are_recorded_under_the_names_of_the_plan(
             if activation.bits < 8:
                 assert int(codes.min()) >= -int(activation.zero_point.max())
                 assert int(codes.max()) <= 2**activation.bits - 1 - int(activation.zero_point.min())
+
+
+def test_a_remainder_makes_16_bits_of_8_and_has_codes_of_its_own(
+    denoiser: nn.Module, found: ProbeResult, tmp_path: Path
+) -> None:
+    plan, weights = frozen(denoiser, found, tmp_path, "w8a8", remainders=("conv", "joined", "time", "text"))
+    plain, other = frozen(denoiser, found, tmp_path / "plain", "w8a8")
+    own = {f"{layer.name}#{index}" for layer in plan.layers for index, part in enumerate(layer.segments)
+           if part.remainder}  # fmt: skip
+    assert len(own) == 5
+    with simulate(denoiser, plan, weights) as context:
+        context.codes = {}
+        call(denoiser)
+    assert set(context.codes) == {name for name, _ in plan.activations()} | {remainder_name(name) for name in own}
+    for name in own:
+        codes = context.codes[remainder_name(name)]
+        assert codes.dtype == torch.int8
+        assert int(codes.min()) >= -127
+        assert int(codes.max()) > 64
+
+    def error(chosen: QuantPlan, codes: QuantWeights, name: str) -> float:
+        """Of one layer, given what a weight of 8 bits computes without any rounding of its input."""
+        inputs = random_calibration(6, seed=9).inputs["sample"]
+        base = denoiser.get_submodule(name)
+        assert isinstance(base, nn.Conv2d)
+        context = RowContext(torch.from_numpy(ROW_MAP.copy()))
+        context.set_timestep(random_calibration(6, seed=9).inputs["timestep"], 6)
+        layer, float_layer = chosen.layer(name), chosen.layer(name).segments[0].weight
+        weight = torch.from_numpy(dequantize_weight(codes.codes(name, 0), float_layer))
+        exact = F.conv2d(inputs, weight, base.bias, padding=base.padding)
+        with torch.no_grad():
+            wrong = QuantizedLayer(base, layer, codes, context)(inputs) - exact
+        return float(wrong.abs().max() / exact.detach().abs().max())
+
+    assert error(plan, weights, "conv") < 1e-4
+    assert error(plain, other, "conv") > 1e-3
 
 
 def test_each_sample_is_quantized_with_the_row_of_its_timestep() -> None:

@@ -46,6 +46,15 @@ def test_averages_weigh_weights_by_count_and_activations_by_multiplications() ->
     assert average_activation_bits(LAYERS, CURVES, 4.0).used(MIXED) == pytest.approx((8 * 1000 + 6 * 3000) / 4000)
 
 
+def test_remainders_of_8_bits_count_as_8_more() -> None:
+    """Where a layer would have them, which is at 8 bits alone."""
+    resource = average_activation_bits(LAYERS, CURVES, 8.0, {"a"})
+    assert resource.used(MIXED) == pytest.approx((16 * 1000 + 6 * 3000) / 4000)
+    assert resource.used(NARROW) == pytest.approx(6.0)
+    wide = dict.fromkeys(NARROW, WidthPair(8, 8))
+    assert resource.used(wide) == pytest.approx((16 * 1000 + 8 * 3000) / 4000)
+
+
 def test_a_joint_average_counts_a_shared_tensor_once() -> None:
     resource = joint_bits(LAYERS, CURVES, {"a": 200}, 4.0, CONTAINERS, Rate.NOMINAL)
     assert resource.used(NARROW) == pytest.approx((3 * 400 + 6 * 200) / 600)

@@ -1,14 +1,24 @@
 """Second-order rounding: better than nearest in what it minimises, exact where nothing is to be gained."""
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from calib_fixture import TIMESTEPS, ParallelDenoiser, random_calibration, run_on
 from torch import Tensor
 
+from calib.bit_allocation import uniform
+from calib.freeze import freeze
+from calib.observer import Observer
+from calib.probe import probe
 from calib.range_search import search_weight
-from calib.second_order import fit_least_squares, round_second_order
+from calib.second_order import fit_least_squares, refine_weights, round_second_order
+from calib.timestep_table import equal_groups
+from dmqexport.quant_plan import LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_types import BitWidths
 
 
 def correlated(count: int, width: int, seed: int) -> Tensor:
@@ -81,3 +91,40 @@ def test_exact_inputs_keep_the_weight() -> None:
     moment = inputs.T @ inputs
     weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(6))
     torch.testing.assert_close(fit_least_squares(weight, moment, moment), weight, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_fitted_sees_the_activation_and_its_remainder(tmp_path: Path) -> None:
+    """With 16 bits there is next to nothing to make up for: the weights are those of exact inputs."""
+    torch.manual_seed(0)
+    denoiser, calibration, rows = ParallelDenoiser().eval(), random_calibration(20), equal_groups(TIMESTEPS, 5)
+    found = probe(denoiser, lambda index: run_on(denoiser, calibration, index))
+    observed = Observer(found, rows, 512, seed=0, attention=False).observe(
+        denoiser, calibration, lambda inputs: denoiser(**inputs), 5
+    )
+    names = ("scaled", "joined", "text")
+    codes = tmp_path / "codes"
+    chosen = uniform(found, BitWidths.parse("w4a8"), [], {}, [])
+    plan = freeze(denoiser, found, chosen, observed, rows, None, "model", "w4a8", codes, remainders=names)
+
+    def refined(changed: QuantPlan) -> tuple[QuantPlan, dict[str, np.ndarray]]:
+        return refine_weights(
+            denoiser, changed, QuantWeights(codes), calibration, lambda inputs: denoiser(**inputs), 5, 0
+        )
+
+    def only(change: str) -> QuantPlan:
+        def changed(layer: LayerQuant) -> LayerQuant:
+            without = {"activation": None, "remainder": False} if change == "float" else {"remainder": False}
+            return replace(layer, segments=tuple(replace(part, **without) for part in layer.segments))  # type: ignore[arg-type]
+
+        return replace(plan, layers=tuple(changed(item) if item.name in names else item for item in plan.layers))
+
+    exact, first, both = refined(only("float")), refined(only("codes")), refined(plan)
+
+    def distance(result: tuple[QuantPlan, dict[str, np.ndarray]], name: str) -> float:
+        pairs = zip(result[0].layer(name).segments, exact[0].layer(name).segments, strict=True)
+        return max(float(np.abs(one.weight.scale / other.weight.scale - 1).max()) for one, other in pairs)
+
+    for name in names:
+        assert distance(both, name) < 1e-4
+        assert distance(first, name) > 5 * distance(both, name)
+        assert [part.remainder for part in both[0].layer(name).segments] == [True] * len(plan.layer(name).segments)

@@ -14,13 +14,13 @@ from calib.freeze import freeze
 from calib.network_distill import distill_network, guidance_pairs, teacher_outputs, trajectory_loss
 from calib.observer import Observer
 from calib.probe import ProbeResult, probe
-from calib.quantizer import simulate
+from calib.quantizer import ActivationQuantizer, RowContext, simulate
 from calib.sampling import CalibrationSet
 from calib.timestep_table import equal_groups
-from calib.trainable import Rates, TrainableModel, TrainOptions, WeightMode, trainable
+from calib.trainable import Rates, Tables, TrainableActivation, TrainableModel, TrainOptions, WeightMode, trainable
 from dmqexport.errors import CalibrationError
 from dmqexport.quant_plan import QuantPlan, QuantWeights
-from dmqexport.quant_types import BitWidths
+from dmqexport.quant_types import ActivationQuant, BitWidths
 
 ROWS = 5
 ROW_MAP = equal_groups(TIMESTEPS, ROWS)
@@ -92,6 +92,86 @@ def test_untrained_it_computes_the_plan(
     for key, value in codes.items():
         layer, segment = key.rsplit("#", 1)
         assert np.array_equal(value, planned[1].codes(layer, int(segment))), key
+
+
+@pytest.fixture(scope="module")
+def remaining(
+    denoiser: nn.Module, found: ProbeResult, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[QuantPlan, QuantWeights]:
+    """8 bits, of which three layers leave remainders: one with rows, one of two segments, one of two readers."""
+    observer = Observer(found, ROW_MAP, 512, seed=0, attention=True)
+    statistics = observer.observe(denoiser, random_calibration(20), lambda inputs: denoiser(**inputs), 5)
+    path = tmp_path_factory.mktemp("remaining") / "codes"
+    chosen = uniform(found, BitWidths.parse("w4a8"), [], {}, [])
+    plan = freeze(
+        denoiser, found, chosen, statistics, ROW_MAP, None, "model", "w4a8", path,
+        remainders=("scaled", "joined", "conv"),
+    )  # fmt: skip
+    return plan, QuantWeights(path)
+
+
+def test_untrained_remainders_are_those_of_the_plan(
+    denoiser: nn.Module, found: ProbeResult, remaining: tuple[QuantPlan, QuantWeights]
+) -> None:
+    plan = remaining[0]
+    with simulate(denoiser, *remaining):
+        expected = call(denoiser)
+    with trainable(denoiser, *remaining, found, TrainOptions(weights="none")) as model:
+        shared = model.layers["conv_shared"].quantizers[0], model.layers["conv"].quantizers[0]
+        actual = call(denoiser)
+        model.forget()
+        frozen, _ = model.freeze()
+    assert shared[0] is not shared[1], "one of the readers has no remainder"
+    equal_but_for_ties(actual, expected)
+    for before, after in zip(plan.layers, frozen.layers, strict=True):
+        assert [part.remainder for part in after.segments] == [part.remainder for part in before.segments]
+
+
+def test_trained_remainders_freeze_without_loss(
+    denoiser: nn.Module, found: ProbeResult, remaining: tuple[QuantPlan, QuantWeights], tmp_path: Path
+) -> None:
+    data = random_calibration(20)
+    with torch.no_grad():
+        target = denoiser(**data.inputs)
+    with trainable(denoiser, *remaining, found, TrainOptions(rates=FAST)) as model:
+        train(denoiser, model, data, target, 20)
+        model.harden()
+        trained = call(denoiser)
+    equal_but_for_ties(simulated(denoiser, model, tmp_path), trained)
+
+
+def equal_but_for_ties(actual: Tensor, expected: Tensor) -> None:
+    """A tie of a remainder, which float32 decides, is a step of a 254th of 8 bits; few values meet one."""
+    difference = (actual - expected).abs()
+    assert float(difference.max()) <= 1e-4
+    assert float((difference > 1e-5).float().mean()) <= 0.01
+
+
+@pytest.mark.parametrize("factor", [None, [0.5, 2.0, 1.0]], ids=["plain", "channel factors"])
+@pytest.mark.parametrize("scales", [[0.02], [0.02, 0.05]], ids=["one row", "two rows"])
+def test_a_remainder_has_the_simulated_values_and_a_gradient_of_one(
+    scales: list[float], factor: list[float] | None
+) -> None:
+    qparams = ActivationQuant.from_rows(8, scales, [128] * len(scales), factor)
+    context = RowContext(torch.tensor([0, len(scales) - 1]))
+    context.set_timestep(torch.tensor([0, 1, 1, 0]), 4)
+    tables = Tables(2, context)
+    activation = TrainableActivation("x", qparams, tables, remainder=True)
+    tables.build(train=True)
+    limit = 126 * min(scales) * (0.5 if factor else 1.0)
+    tensor = (torch.rand(4, 6, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1) * limit
+    tensor.requires_grad_()
+    values = activation(tensor)
+    quantizer = ActivationQuantizer("x", qparams, context, remainder=True)
+    with torch.no_grad():
+        expected = quantizer.rescale(quantizer(tensor))
+    # A tie of the remainder, which float32 decides, is a step of a 254th.
+    assert float((values - expected).detach().abs().max()) <= 1.01 * max(scales) / 254
+    assert float((values - expected).detach().abs().mean()) <= 0.01 * max(scales) / 254
+    values.sum().backward()  # type: ignore[no-untyped-call]  # torch's own
+    assert tensor.grad is not None
+    spread = torch.ones(3) if factor is None else torch.tensor(factor)
+    torch.testing.assert_close(tensor.grad, (1 / spread).expand_as(tensor))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -88,7 +88,9 @@ def _graph_is_the_simulation(build: Build) -> None:
     assert len({int(build.plan.row_map[key]) for key in build.calibration_set.timesteps}) == 2
     exported = Exported(build.model.denoiser, build.probe_result, build.float_graph)
     agreement, _ = teacher_forced(exported, build.plan, build.trained_plan.path / WEIGHT_CODES, inputs)
-    assert agreement.quantizers == len(build.plan.activations())
+    twice = sum(segment.remainder for layer in build.plan.layers for segment in layer.segments)
+    assert twice > 0, "the layer that reads the sample"
+    assert agreement.quantizers == len(build.plan.activations()) + twice
     assert agreement.flips <= _TIES * agreement.codes
     assert agreement.worst_flip <= 1
     assert max(agreement.outputs.values()) <= _OPERATOR_ROUNDING

@@ -1,5 +1,6 @@
 """Graphs as text: ONNX's own syntax, with the layer tags and the constants in comments that the parser skips."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,20 +8,22 @@ import onnx_ir as ir
 
 from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
 from dmqexport.quant_types import ActivationQuant, WeightQuant, quantize_weight
-from passes.base import Role, module_of, role_of, segment_of, tag
+from passes.base import Role, is_remainder, module_of, role_of, segment_of, tag
 
 GOLDEN = Path(__file__).parent / "golden"
 _TAG = "# tag:"
 
 
 def parse(text: str) -> ir.Model:
-    """ONNX text to a model; lines `# tag: <output> <module> <role> [<segment>]` tag the node that makes <output>."""
+    """ONNX text to a model; lines `# tag: <output> <module> <role> [<segment> [remainder]]` tag the node that makes
+    <output>."""
     model = ir.from_onnx_text(text)
     producers = {output.name: node for node in model.graph for output in node.outputs}
     for line in text.splitlines():
         if line.startswith(_TAG):
-            output, module, role, *segment = line.removeprefix(_TAG).split()
-            tag(producers[output], module, Role(role), int(segment[0]) if segment else 0)
+            output, module, role, *rest = line.removeprefix(_TAG).split()
+            remainder = rest[1:] == ["remainder"]
+            tag(producers[output], module, Role(role), int(rest[0]) if rest else 0, remainder=remainder)
     return model
 
 
@@ -40,7 +43,8 @@ def render(model: ir.Model) -> str:
     for node in model.graph:
         module, role = module_of(node), role_of(node)
         if module is not None and role is not None:
-            lines.append(f"{_TAG} {node.outputs[0].name} {module} {role.value} {segment_of(node)}")
+            line = f"{_TAG} {node.outputs[0].name} {module} {role.value} {segment_of(node)}"
+            lines.append(f"{line} remainder" if is_remainder(node) else line)
     return "\n".join(lines) + "\n"
 
 
@@ -74,6 +78,13 @@ def layer_quant(
         for start, stop, activation in zip(edges[:-1], edges[1:], activations, strict=True)
     ]
     return LayerQuant(name, op, tuple(segments), int(np.prod(shape)))
+
+
+def with_remainders(layer: LayerQuant, *indexes: int) -> LayerQuant:
+    """The layer with a remainder in the segments of these indexes, the first one unless told."""
+    segments = enumerate(layer.segments)
+    changed = tuple(replace(segment, remainder=index in (indexes or (0,))) for index, segment in segments)
+    return replace(layer, segments=changed)
 
 
 def plan_of(*layers: LayerQuant, rows: int = 1, float_layers: dict[str, str] | None = None) -> QuantPlan:

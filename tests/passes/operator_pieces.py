@@ -4,6 +4,7 @@ End to end, a rounding tie that falls the other way in an early layer would hide
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import onnxruntime as ort
 import torch
 from simulation_fixture import Exported, PlanSampler, canonical_graph, random_inputs
 
-from dmqexport.quant_plan import QuantPlan
+from dmqexport.quant_plan import LayerQuant, QuantPlan
+from dmqexport.quant_types import CENTERED_ZERO_POINT
 from passes.bind import graph_attentions
 from passes.tap import layer_outputs
 
@@ -107,3 +109,19 @@ def compare(exported: Exported, plan: QuantPlan, weights: Path, lower: Callable[
 def draw(deep: Exported, folder: Path, seed: int, bits: tuple[int, int | None] | None = None) -> QuantPlan:
     sampler = PlanSampler(deep, seed, (1, 2, 10, 50)[seed % 4])
     return sampler.plan(folder / "codes", bits=bits, attention_bits=(None, 8, 5)[seed % 3])
+
+
+def draw_remainders(deep: Exported, folder: Path, seed: int, weight_bits: int = 8) -> QuantPlan:
+    """A plan whose every activation has a remainder, whether it has rows, channel factors, both or neither."""
+    plan = draw(deep, folder, seed, bits=(weight_bits, 8))
+
+    def remaining(layer: LayerQuant) -> LayerQuant:
+        segments = []
+        for segment in layer.segments:
+            assert segment.activation is not None
+            zero_point = np.full(segment.activation.rows, CENTERED_ZERO_POINT)
+            activation = replace(segment.activation, zero_point=zero_point)
+            segments.append(replace(segment, activation=activation, remainder=True))
+        return replace(layer, segments=tuple(segments))
+
+    return replace(plan, layers=tuple(remaining(layer) for layer in plan.layers))

@@ -1,5 +1,6 @@
 """Graphs that run a batch one table row at a time: same codes, no vectors of scales, one sample as in any company."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from operator_pieces import draw, float_values, pieces, run_piece
+from operator_pieces import draw, draw_remainders, float_values, pieces, run_piece
 from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
 
 from dmqexport.quant_plan import QuantPlan, QuantWeights
@@ -53,8 +54,17 @@ def arrays(batch: int, seed: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_uniform_batch_gets_what_the_canonical_operators_compute(deep: Exported, tmp_path: Path, seed: int) -> None:
-    plan = draw(deep, tmp_path, seed)
-    reference, uniform = canonical_graph(deep, plan, tmp_path / "codes"), lowered(deep, plan, tmp_path / "codes")
+    check_uniform(deep, draw(deep, tmp_path, seed), tmp_path)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_uniform_batch_gets_the_canonical_remainders(deep: Exported, tmp_path: Path, seed: int) -> None:
+    check_uniform(deep, draw_remainders(deep, tmp_path, seed), tmp_path)
+
+
+def check_uniform(deep: Exported, plan: QuantPlan, folder: Path) -> None:
+    """Compare every operator at three timesteps."""
+    reference, uniform = canonical_graph(deep, plan, folder / "codes"), lowered(deep, plan, folder / "codes")
     assert UniformRows()(uniform).modified
     assert not UniformRows()(uniform).modified
     operators, inputs = pieces(deep, plan), random_inputs(3, seed=5)
@@ -84,9 +94,12 @@ def test_no_vector_of_scales_is_left(deep: Exported, tmp_path: Path) -> None:
                and str(node.name).startswith("dmqexport/uniform"))  # fmt: skip
 
 
+@pytest.mark.parametrize("make", [draw, draw_remainders])
 @pytest.mark.parametrize("seed", [1, 2, 3, 6])
-def test_samples_of_a_mixed_batch_get_what_they_get_alone(deep: Exported, tmp_path: Path, seed: int) -> None:
-    plan = draw(deep, tmp_path, seed)
+def test_samples_of_a_mixed_batch_get_what_they_get_alone(
+    deep: Exported, tmp_path: Path, seed: int, make: Callable[..., QuantPlan]
+) -> None:
+    plan = make(deep, tmp_path, seed)
     model = lowered(deep, plan, tmp_path / "codes")
     assert GroupByRow()(model).modified
     assert not GroupByRow()(model).modified

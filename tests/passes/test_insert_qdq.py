@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graph_text import assert_golden, layer_quant, parse, plan_of, read, render, save_codes
+from graph_text import assert_golden, layer_quant, parse, plan_of, read, render, save_codes, with_remainders
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dmqexport.errors import LoweringError
@@ -14,6 +14,7 @@ from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan,
 from dmqexport.quant_types import ActivationQuant
 from passes.gather_timestep_scale import TABLE, GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
+from passes.split_remainder import SplitRemainder
 from passes.verify_qdq import VerifyQDQ
 
 ROWS_4 = ActivationQuant(4, [0.25, 1.0], [3, 8], 0.5)
@@ -163,6 +164,63 @@ def test_factors_that_the_plan_has_and_the_graph_lacks_are_refused(layer: str, t
     changed = replace(plan, layers=tuple(other(item.name) if item.name == layer else item for item in plan.layers))
     with pytest.raises(LoweringError, match=f"{layer}: channel factors differ from the plan's"):
         VerifyQDQ(changed)(model)
+
+
+def test_a_remainder_is_what_the_codes_leave_of_the_product_with_rho(tmp_path: Path) -> None:
+    """Rows and channel factors are multiplied once, before both quantizers; both products are rescaled by the row."""
+    activation = ActivationQuant(8, [0.25, 1.0], [128, 128], 0.5, [2.0, 4.0])
+    plan = plan_of(with_remainders(layer_quant("twice", LayerOp.CONV, (2, 2, 1, 1), 8, [activation])), rows=2)
+    weight = np.array([[1, 2], [3, 4]], dtype=np.float32).reshape(2, 2, 1, 1)
+    weights = save_codes(tmp_path / "codes", plan, {"twice": weight})
+    model = read("qdq_remainder.before")
+    SplitRemainder(plan)(model)
+    assert InsertQDQ(plan, weights)(model).modified
+    RemoveUnusedNodesPass()(model)
+    assert_golden(model, "qdq_remainder.expected")
+    VerifyQDQ(plan)(model)
+    assert not InsertQDQ(plan, weights)(model).modified
+    assert_golden(model, "qdq_remainder.expected")
+    GatherTimestepScale()(model)
+    VerifyQDQ(plan)(model)
+
+
+def test_readers_of_one_tensor_share_its_codes_and_those_of_its_remainder(tmp_path: Path) -> None:
+    """A third reader, without a remainder, takes the first codes alone."""
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[batch,2] sample) => (float[batch,2] a, float[batch,2] b, float[batch,2] c)
+    <float[2,2] w = {1, 0, 0, 1}>
+    {
+      ["a/MatMul"] a = MatMul (sample, w)
+      ["b/MatMul"] b = MatMul (sample, w)
+      ["c/MatMul"] c = MatMul (sample, w)
+    }
+# tag: a a compute
+# tag: b b compute
+# tag: c c compute
+"""
+    layers = [layer_quant(name, LayerOp.LINEAR, (2, 2), 8, [CENTERED]) for name in "abc"]
+    plan = plan_of(with_remainders(layers[0]), with_remainders(layers[1]), layers[2])
+    weights = save_codes(tmp_path / "codes", plan, {name: np.eye(2, dtype=np.float32) for name in "abc"})
+    model = parse(text)
+    SplitRemainder(plan)(model)
+    InsertQDQ(plan, weights)(model)
+    VerifyQDQ(plan)(model)
+    kinds = [node.op_type for node in model.graph]
+    assert (kinds.count("QuantizeLinear"), kinds.count("Sub"), kinds.count("MatMul")) == (2, 1, 5)
+    readers = {str(node.name): node.inputs[0] for node in model.graph if node.op_type == "MatMul"}
+    assert readers["a/MatMul"] is readers["b/MatMul"] is readers["c/MatMul"]
+    assert readers["a/MatMul/remainder"] is readers["b/MatMul/remainder"]
+
+
+def test_a_trained_bias_takes_the_place_of_one_that_moved(tmp_path: Path) -> None:
+    layer = with_remainders(layer_quant("twice", LayerOp.CONV, (2, 2, 1, 1), 8, [CENTERED]))
+    plan = plan_of(replace(layer, bias=np.array([3.0, 4.0])))
+    weights = save_codes(tmp_path / "codes", plan, {"twice": np.ones((2, 2, 1, 1), dtype=np.float32)})
+    model = read("qdq_remainder.before")
+    SplitRemainder(plan)(model)
+    InsertQDQ(plan, weights)(model)
+    add = next(node for node in model.graph if node.name == "twice/Conv/biased")
+    np.testing.assert_array_equal(add.inputs[1].const_value.numpy().reshape(-1), [3.0, 4.0])
 
 
 def test_nothing_is_gathered_from_a_graph_without_tables(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from operator_pieces import compare, draw
+from operator_pieces import compare, draw, draw_remainders
 from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import QuantWeights
-from passes.base import constant_array
-from passes.lower.ort_cpu import FUSED_PRODUCT, LowerOrtCpu, may_saturate
+from dmqexport.quant_plan import LayerOp, QuantWeights
+from passes.base import constant_array, is_remainder
+from passes.bind import bind
+from passes.lower.ort_cpu import CONV_KERNEL, FLOAT_KERNEL, FUSED_PRODUCT, LowerOrtCpu, may_saturate
 from passes.lower.portable import MakePortable
 from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
 from passes.pipelines import lower_ort_cpu, lower_tensorrt
@@ -44,6 +45,62 @@ def test_ort_cpu_computes_the_canonical_operators(deep: Exported, tmp_path: Path
 def test_tensorrt_computes_the_canonical_operators(deep: Exported, tmp_path: Path, seed: int) -> None:
     plan = draw(deep, tmp_path, seed)
     assert compare(deep, plan, tmp_path / "codes", lower_tensorrt(plan, QuantWeights(tmp_path / "codes"))) == 0.0
+
+
+@pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])
+@pytest.mark.parametrize(("seed", "bits"), [(0, 8), (1, 8), (2, 4), (3, 6)])
+def test_ort_cpu_computes_both_products_of_remainders(
+    deep: Exported, tmp_path: Path, seed: int, bits: int, vnni: bool
+) -> None:
+    plan = draw_remainders(deep, tmp_path, seed, bits)
+    if vnni and not _host_has_vnni():
+        pytest.skip("signed 8-bit weights may saturate on this CPU: that graph is not built here")
+    lowering = lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=vnni)
+    assert compare(deep, plan, tmp_path / "codes", lowering) <= 1e-5
+
+
+@pytest.mark.parametrize("kernel", [FLOAT_KERNEL, CONV_KERNEL])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_other_kernels_of_onnx_runtime_compute_remainders_too(
+    deep: Exported, tmp_path: Path, seed: int, kernel: str
+) -> None:
+    plan = draw_remainders(deep, tmp_path, seed)
+    names = [layer.name for layer in plan.layers if kernel == FLOAT_KERNEL or layer.op is LayerOp.CONV]
+    kernels = dict.fromkeys(names, kernel)
+    lowering = lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=False, kernels=kernels)
+    assert compare(deep, plan, tmp_path / "codes", lowering) <= 1e-5
+
+
+@pytest.mark.parametrize(("seed", "bits"), [(1, 8), (2, 4)])
+def test_tensorrt_computes_both_products_of_remainders(deep: Exported, tmp_path: Path, seed: int, bits: int) -> None:
+    plan = draw_remainders(deep, tmp_path, seed, bits)
+    assert compare(deep, plan, tmp_path / "codes", lower_tensorrt(plan, QuantWeights(tmp_path / "codes"))) == 0.0
+
+
+def test_every_remainder_becomes_an_integer_product_of_its_own(deep: Exported, tmp_path: Path) -> None:
+    plan = draw_remainders(deep, tmp_path, 1)
+    model = canonical_graph(deep, plan, tmp_path / "codes")
+    lowering = LowerOrtCpu(plan, QuantWeights(tmp_path / "codes"), vnni=False)
+    assert lowering(model).modified
+    assert not lowering(model).modified
+    for layer in plan.layers:
+        nodes = bind(model, plan).layers[layer.name].compute
+        assert {node.op_type for node in nodes} <= {FUSED_PRODUCT, "ConvInteger"}
+        assert [is_remainder(node) for node in nodes] == [False, True] * len(layer.segments)
+    names = [str(node.name) for node in model.graph]
+    assert len(names) == len(set(names))
+
+
+def test_remainders_of_a_graph_for_vnni_become_portable_too(deep: Exported, tmp_path: Path) -> None:
+    plan = draw_remainders(deep, tmp_path, 2)
+    lowering = lower_ort_cpu(plan, QuantWeights(tmp_path / "codes"), vnni=True)
+
+    def twice(model: ir.Model) -> None:
+        lowering(model)
+        assert MakePortable()(model).modified
+        assert not MakePortable()(model).modified
+
+    assert compare(deep, plan, tmp_path / "codes", twice) <= 1e-5
 
 
 def test_every_planned_layer_becomes_an_integer_product(deep: Exported, tmp_path: Path) -> None:

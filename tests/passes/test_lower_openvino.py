@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from operator_pieces import compare, cut_piece, draw, float_values, pieces, run_piece
+from operator_pieces import compare, cut_piece, draw, draw_remainders, float_values, pieces, run_piece
 from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
 
 from dmqexport.errors import EngineError, LoweringError
@@ -41,6 +42,32 @@ def test_the_lowered_operators_mean_the_canonical_ones(deep: Exported, tmp_path:
     assert compare(deep, plan, tmp_path / "codes", lowering) <= 1e-6
 
 
+@pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])
+@pytest.mark.parametrize(("seed", "bits"), [(0, 8), (1, 8), (2, 4), (3, 6)])
+def test_both_products_of_remainders_mean_the_canonical_ones(
+    deep: Exported, tmp_path: Path, seed: int, bits: int, vnni: bool
+) -> None:
+    plan = draw_remainders(deep, tmp_path, seed, bits)
+    lowering = lower_openvino(plan, QuantWeights(tmp_path / "codes"), vnni=vnni)
+    assert compare(deep, plan, tmp_path / "codes", lowering) <= 1e-6
+
+
+@pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])
+@pytest.mark.parametrize(("seed", "bits"), [(1, 8), (4, 4)])
+def test_openvino_executes_both_products_of_remainders_in_int8(
+    deep: Exported, tmp_path: Path, seed: int, bits: int, vnni: bool
+) -> None:
+    plan = draw_remainders(deep, tmp_path, seed, bits)
+    path, expected = lowered_file(deep, plan, tmp_path, vnni)
+    assert {name: len(nodes) for name, nodes in expected.items()} == {
+        layer.name: 2 * len(layer.segments) for layer in plan.layers
+    }
+    shapes = {name: tuple(value.shape) for name, value in random_inputs(BATCH, 0).items()}
+    proofs = prove_int8(OpenVinoRunner(path, threads=1).executed(shapes), expected)
+    assert [proof.node for proof in proofs] == [node for nodes in expected.values() for node in nodes]
+    assert {proof.weight for proof in proofs} == {"i8"}
+
+
 def execute(
     model: ir.Model, names: list[str], result: str, feeds: dict[str, np.ndarray], path: Path
 ) -> tuple[np.ndarray, OpenVinoRunner]:
@@ -66,9 +93,13 @@ def distance_to_tie(model: ir.Model, layer: str, names: list[str], feeds: dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_openvino_computes_the_canonical_operators(deep: Exported, tmp_path: Path, seed: int) -> None:
-    plan = draw(deep, tmp_path, seed)
+@pytest.mark.parametrize(
+    ("make", "seed"), [*((draw, seed) for seed in range(4)), (draw_remainders, 0), (draw_remainders, 1)]
+)
+def test_openvino_computes_the_canonical_operators(
+    deep: Exported, tmp_path: Path, make: Callable[..., QuantPlan], seed: int
+) -> None:
+    plan = make(deep, tmp_path, seed)
     reference, lowered = (canonical_graph(deep, plan, tmp_path / "codes") for _ in range(2))
     lower_openvino(plan, QuantWeights(tmp_path / "codes"), vnni=True)(lowered)
     inputs, operators = random_inputs(BATCH, seed=5), pieces(deep, plan)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from operator_pieces import compare, draw
+from operator_pieces import compare, draw, draw_remainders
 from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
 
 from dmqexport.quant_plan import QuantPlan, QuantWeights
@@ -66,6 +66,37 @@ def test_fp8_takes_what_it_can_hold_and_int8_the_rest(deep: Exported, tmp_path: 
     assert len(set(kinds.values())) >= 3
 
 
+def test_both_products_of_a_remainder_have_to_be_proven(deep: Exported, tmp_path: Path) -> None:
+    """FP8, which holds no more than 4 bits, is for none of them."""
+    plan = draw_remainders(deep, tmp_path, 1, 4)
+    model = lowered(deep, tmp_path, plan, fp8=True)
+    types, known = product_types(model, plan), {str(node.name) for node in model.graph}
+    for layer in plan.layers:
+        kind, names = types[layer.name]
+        products = [str(name) for name in names]
+        assert kind == "Int8"
+        assert len(products) == len(set(products)) == 2 * len(layer.segments)
+        assert [name.endswith("/remainder") for name in products] == [False, True] * len(layer.segments)
+        assert set(products) <= known
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16], ids=["float16", "bfloat16"])
+def test_remainders_and_what_they_are_left_over_of_stay_in_float32(
+    deep: Exported, tmp_path: Path, dtype: ir.DataType
+) -> None:
+    """In half the remainder would be that of an operand rounded to 11 bits, and the sum of the products rounded too."""
+    plan = draw_remainders(deep, tmp_path, 1)
+    model = lowered(deep, tmp_path, plan, half=dtype)
+    endings = ("/left_over", "/remainder", "/with_remainder", "/remainder/rescaled", "/remainder/dequantized")
+    parts = [node for node in model.graph if str(node.name).endswith(endings)]
+    assert len(parts) >= 4 * len(plan.layers)
+    for node in parts:
+        assert {value.dtype for value in (*node.inputs, *node.outputs) if value is not None} & {dtype} == set()
+    if dtype == ir.DataType.FLOAT16:  # ONNX Runtime has no bfloat16 on CPU
+        expected, actual = run(canonical_graph(deep, plan, tmp_path / "codes")), run(model)
+        assert np.abs(actual - expected).max() <= 0.01 * np.abs(expected).max(), "no code of 8 bits shows any more"
+
+
 def test_int4_weights_with_any_zero_point_are_the_canonical_ones(deep: Exported, tmp_path: Path) -> None:
     for bits in (2, 4):
         plan = draw(deep, tmp_path, 0, bits=(bits, None))
@@ -106,6 +137,7 @@ def test_half_leaves_quantizers_products_and_norms_in_float32(
         pytest.param((4, 4), None, {"FP8"}, id="fp8"),
         pytest.param((4, 4), ir.DataType.BFLOAT16, {"FP8"}, id="fp8 in bfloat16"),
         pytest.param((6, 6), ir.DataType.FLOAT16, {"Int8"}, id="int8 in half"),
+        pytest.param((8, 8), ir.DataType.FLOAT16, {"Int8"}, id="remainders in half"),
         pytest.param((4, None), None, {"weight Int4", "weight Int8"}, id="int4 weights"),
         pytest.param((4, None), ir.DataType.FLOAT16, {"weight Int4", "weight Int8"}, id="int4 weights in half"),
     ],
@@ -113,7 +145,7 @@ def test_half_leaves_quantizers_products_and_norms_in_float32(
 def test_every_type_is_proven_from_the_builders_log(
     deep: Exported, tmp_path: Path, bits: tuple[int, int | None], half: ir.DataType | None, kinds: set[str]
 ) -> None:
-    plan = draw(deep, tmp_path, 0, bits=bits)
+    plan = draw_remainders(deep, tmp_path, 0) if bits == (8, 8) else draw(deep, tmp_path, 0, bits=bits)
     model = lowered(deep, tmp_path, plan, fp8=True, half=half)
     ir.save(model, tmp_path / "model.onnx")
     shapes = {name: tuple(value.shape[1:]) for name, value in random_inputs(2, seed=0).items()}

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graph_text import layer_quant, plan_of, read, render, save_codes
+from graph_text import layer_quant, plan_of, read, render, save_codes, with_remainders
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import AttentionQuant, LayerOp, QuantPlan
 from dmqexport.quant_types import ActivationQuant
 from passes.insert_qdq import InsertQDQ
+from passes.split_remainder import SplitRemainder
 from passes.verify_qdq import VerifyQDQ
 
 CENTERED = ActivationQuant.from_rows(8, [0.5], [128])
@@ -103,3 +104,54 @@ def test_unsplit_segments_are_refused() -> None:
     plan = plan_of(layer, float_layers={"unbiased": "", "whole": ""})
     with pytest.raises(LoweringError, match="joined: 1 operators for 2 segments"):
         VerifyQDQ(plan)(read("concat.before"))
+
+
+REMAINING = plan_of(
+    with_remainders(layer_quant("to_q", LayerOp.LINEAR, (2, 2), 8, [CENTERED])),
+    layer_quant("to_k", LayerOp.LINEAR, (2, 2), 8, [None]),
+    float_layers={"to_out": "float"},
+)
+
+
+def remaining(folder: Path) -> ir.Model:
+    model = read("qdq_linear.before")
+    weight = np.ones((2, 2), dtype=np.float32)
+    SplitRemainder(REMAINING)(model)
+    InsertQDQ(REMAINING, save_codes(folder / "codes", REMAINING, {"to_q": weight, "to_k": weight}))(model)
+    return model
+
+
+def first_codes(model: ir.Model) -> None:
+    """The second product reads the codes of the first one."""
+    node(model, "to_q/MatMul/remainder").replace_input_with(0, node(model, "to_q/MatMul").inputs[0])
+
+
+def codes_of_nothing_left(model: ir.Model) -> None:
+    """The second product reads the whole tensor, quantized with the remainder's scale."""
+    node(model, "to_q#0/remainder/codes").replace_input_with(0, model.graph.inputs[0])
+
+
+def left_over_by_another(model: ir.Model) -> None:
+    """What is subtracted are not the first product's codes."""
+    node(model, "to_q#0/remainder/left_over").replace_input_with(1, node(model, "to_k/MatMul").outputs[0])
+
+
+@pytest.mark.parametrize("damage", [first_codes, codes_of_nothing_left, left_over_by_another], ids=lambda d: d.__name__)
+def test_a_second_product_of_anything_but_the_remainder_is_refused(
+    damage: Callable[[ir.Model], None], tmp_path: Path
+) -> None:
+    model = remaining(tmp_path)
+    assert not VerifyQDQ(REMAINING)(model).modified
+    damage(model)
+    with pytest.raises(LoweringError) as caught:
+        VerifyQDQ(REMAINING)(model)
+    reason = "to_q: its second product does not read what the first one's codes leave"
+    assert caught.value.message == f"verify_qdq: {reason}"
+
+
+def test_a_planned_remainder_without_a_product_of_its_own_is_refused(tmp_path: Path) -> None:
+    model = read("qdq_linear.before")
+    weight = np.ones((2, 2), dtype=np.float32)
+    InsertQDQ(REMAINING, save_codes(tmp_path / "codes", REMAINING, {"to_q": weight, "to_k": weight}))(model)
+    with pytest.raises(LoweringError, match="to_q: 1 operators for 2 segments and remainders"):
+        VerifyQDQ(REMAINING)(model)

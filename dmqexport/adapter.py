@@ -48,6 +48,8 @@ class Adapter:
     stand in for them. null_conditions: the same for the unguided half of classifier-free guidance.
     decode: samples [n, ...] → pictures [n, C, H, W] in [0, 1]; left out, the sample is shown.
     blocks: modules that are distilled as one unit, in any order; left out, they are found by their class names.
+    first_layers: shell globs of those layers of `boundary` that read the sample; they see it in 16 bits, by two int8
+    products (the recipe's quantization.remainder).
     """
 
     module: nn.Module
@@ -63,4 +65,5 @@ class Adapter:
     steps: int = 50
     guidance: float = 1.0
     blocks: tuple[str, ...] = ()
+    first_layers: tuple[str, ...] = ()
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)

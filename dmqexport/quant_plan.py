@@ -87,10 +87,10 @@ class LayerQuant:
             if left.stop != right.start:
                 raise ValueError(f"{self.name}: segments leave a gap at channel {left.stop}")
         for segment in self.segments:
-            if segment.remainder and segment.activation is None:
-                raise ValueError(f"{self.name}: float activations leave no remainder")
-            if segment.remainder and segment.activation is not None:
-                remainder_of(segment.activation)
+            if segment.remainder:
+                if segment.activation is None:
+                    raise ValueError(f"{self.name}: float activations leave no remainder")
+                remainder_of(segment.activation)  # raises for codes that have none
             factor = None if segment.activation is None else segment.activation.channel_factor
             if factor is not None and len(factor) != segment.stop - segment.start:
                 raise ValueError(
@@ -377,8 +377,8 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
             arrays[f"{key}.weight_scale"] = np.asarray(segment.weight.scale)
             arrays[f"{key}.weight_zero_point"] = np.asarray(segment.weight.zero_point)
             activation = None if segment.activation is None else activation_entry(key, segment.activation)
-            entry = {"start": segment.start, "stop": segment.stop, "activation": activation}
-            segments.append({**entry, "remainder": True} if segment.remainder else entry)
+            rest = {"remainder": True} if segment.remainder else {}
+            segments.append({"start": segment.start, "stop": segment.stop, "activation": activation, **rest})
         if layer.bias is not None:
             arrays[f"{layer.name}.bias"] = np.asarray(layer.bias)
         layers.append(

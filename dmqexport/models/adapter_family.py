@@ -27,6 +27,7 @@ class AdapterFamily(DiffusersFamily):
         self.positional: tuple[str, ...] = self.input_names
         self.boundary: tuple[str, ...] = tuple(config["boundary"])
         self.blocks = tuple(config.get("blocks", ()))
+        self.first_layers = tuple(config.get("first_layers", ()))
         self.dynamic_axes = {
             name: {int(axis): str(label) for axis, label in axes.items()}
             for name, axes in config.get("dynamic_axes", {}).items()

@@ -82,9 +82,10 @@ def _check(reference: str, adapter: Adapter) -> None:
     if missing:
         raise refuse(f"forward takes {list(accepted)}, it has no {', '.join(map(repr, missing))}")
     layers = [name for name, part in adapter.module.named_modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
-    for pattern in adapter.boundary:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise refuse(f"boundary pattern {pattern!r} matches no layer", f"layers are named like {layers[:3]}")
+    for field, patterns in (("boundary", adapter.boundary), ("first_layers", adapter.first_layers)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in layers):
+                raise refuse(f"{field} pattern {pattern!r} matches no layer", f"layers are named like {layers[:3]}")
     modules = {name for name, _ in adapter.module.named_modules()}
     unknown = [name for name in adapter.blocks if name not in modules]
     if unknown:
@@ -111,6 +112,7 @@ def adapter_config(adapter: Adapter) -> dict[str, Any]:
         ],
         "boundary": list(adapter.boundary),
         "blocks": list(adapter.blocks),
+        "first_layers": list(adapter.first_layers),
         "dynamic_axes": {
             name: {str(axis): label for axis, label in axes.items()} for name, axes in adapter.dynamic_axes.items()
         },

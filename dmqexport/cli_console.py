@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmqexport.bundle import GRID, REPORT_HTML, Bundle
+from dmqexport.quant_plan import QuantPlan
 from dmqexport.workspace import Reporter, SilentReporter
 
 if TYPE_CHECKING:
@@ -205,13 +206,18 @@ def proven(engine: Mapping[str, Any]) -> str:
     return "proven int8" if operands <= {"int8", "i8", "u8"} else f"proven: {types}"
 
 
+def _average_bits(plan: QuantPlan) -> str:
+    weight, activation = plan.allocation.average_weight_bits, plan.allocation.average_activation_bits
+    return f"{weight:.2f} weight bits" + ("" if activation is None else f", {activation:.2f} activation bits")
+
+
 def print_bundle(bundle: Bundle, layers: bool) -> None:
     """`dmqexport inspect`: the findings, and with `layers` every layer by name."""
     manifest, report, plan = bundle.manifest, bundle.report, bundle.plan
     model = manifest["model"]
     rows = [
         ("model", f"{model['name']} ({model['family']})"),
-        ("bits", f"{manifest['bits']}, {plan.allocation.average_weight_bits:.2f} weight bits on average"),
+        ("bits", f"{manifest['bits']}, on average {_average_bits(plan)}"),
         ("target", str(manifest["target"])),
         (
             "quantized",
@@ -225,6 +231,9 @@ def print_bundle(bundle: Bundle, layers: bool) -> None:
         rows.append(("engine", f"{engine['target']} {engine['version']}, {share}"))
     if manifest.get("finish_command"):
         rows.append(("engine", f"not built yet; on the GPU host: {manifest['finish_command']}"))
+    twice = [layer.name for layer in plan.layers if layer.has_remainder]
+    if twice:
+        rows.append(("two products", f"{len(twice)} layers: activations in 16 bits, as two int8 codes"))
     by_reason: dict[str, list[str]] = {}
     for name, reason in plan.float_layers.items():
         by_reason.setdefault(reason, []).append(name)

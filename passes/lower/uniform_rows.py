@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from passes.base import Builder, Role, constant_array, redirect, role_of, take_name
-from passes.insert_qdq import ROW, SCALED
+from passes.insert_qdq import LEFT_OVER, ROW, SCALED
 from passes.lower.ort_cpu import BOTH_SCALES
 
 _Doubles = np.ndarray[Any, np.dtype[np.float64]]
@@ -33,7 +33,8 @@ class UniformRows(ir.passes.InPlacePass):
     saturates at code 0 for nothing, and a Min of bytes at the other end; Mul(1/rho), the correction of a shift and the
     bias after a product go into the product. What this does not know keeps its vectors, of one sample now. Valid for
     batches of one row only (any, without a table). Codes are those of the canonical form but for values that lie on a
-    rounding tie within float precision: x / s_row is rounded once, (x · rho) / s_ref twice.
+    rounding tie within float precision: x / s_row is rounded once, (x · rho) / s_ref twice. Remainders have 254
+    times as many such ties, each worth a 254th.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -100,20 +101,34 @@ class _Uniform:
             factors = builder.constant(chain.factors, f"{label}/factors")
             source = builder.node("Mul", [source, factors], f"{label}/balanced", before=node, like=source).outputs[0]
         zero = self._number((chain.zero + lowest).astype(kind), f"{label}/zero_point")
+        own = self._number((float(scale) / chain.per_row).astype(np.float32), f"{label}/scale")
         node.replace_input_with(0, source)
-        node.replace_input_with(1, self._number((float(scale) / chain.per_row).astype(np.float32), f"{label}/scale"))
+        node.replace_input_with(1, own)
         node.replace_input_with(2, zero)
         if int(chain.top.min()) < np.iinfo(np.uint8).max:
             top = self._number((chain.top + lowest).astype(kind), f"{label}/top")
             clipped = builder.node("Min", [codes, top], f"{label}/clipped", after=node, like=codes)
             redirect(codes, clipped.outputs[0], [clipped])
         for reader, at in readers:
+            rest = _only_reader(reader.outputs[0]) if reader.op_type == "DequantizeLinear" else None
+            if rest is not None and str(rest.name).endswith(LEFT_OVER):
+                reader.replace_input_with(1, own)
+                self._remainder(rest, source, chain.per_row)
             product = _multiplied(reader)
             if product is not None and at == 0:
                 self._unshifted.add(product.outputs[0])
             elif chain.shifted:
                 continue  # its correction stays, and takes the codes for what they were
             reader.replace_input_with(2 if reader.op_type == "Pad" else _ZERO_AT[reader.op_type, at], zero)
+
+    def _remainder(self, rest: ir.Node, source: ir.Value, per_row: _Doubles) -> None:
+        """Take what the codes leave over from what they are made of now, and round it with the row's own scale too."""
+        rest.replace_input_with(0, source)
+        for use in list(rest.outputs[0].uses()):
+            scale = constant_array(use.node.inputs[1])
+            if use.node.op_type == "QuantizeLinear" and scale is not None:
+                values = (float(scale) / per_row).astype(np.float32)
+                use.node.replace_input_with(1, self._number(values, f"{use.node.name}/scale"))
 
     def _chain(self, value: ir.Value, scale: float, offset: int) -> _Chain | None:
         """Walk up from a quantizer's input over what `InsertQDQ` put there; None where the arithmetic is another."""

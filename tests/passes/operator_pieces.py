@@ -125,3 +125,12 @@ def draw_remainders(deep: Exported, folder: Path, seed: int, weight_bits: int = 
         return replace(layer, segments=tuple(segments))
 
     return replace(plan, layers=tuple(remaining(layer) for layer in plan.layers))
+
+
+def tolerance(plan: QuantPlan, operator: str) -> float:
+    """How far an operator may be from the canonical one where float32 rounds otherwise before codes are taken.
+
+    Relative to the largest result: float rounding, and with a remainder one of its codes, whose ties are many and whose
+    steps are 254 times smaller than those of other 8-bit codes.
+    """
+    return 5e-5 if any(layer.name == operator and layer.has_remainder for layer in plan.layers) else 1e-5

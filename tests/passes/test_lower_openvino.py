@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from operator_pieces import compare, cut_piece, draw, draw_remainders, float_values, pieces, run_piece
+from operator_pieces import compare, cut_piece, draw, draw_remainders, float_values, pieces, run_piece, tolerance
 from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
 
 from dmqexport.errors import EngineError, LoweringError
@@ -110,9 +110,7 @@ def test_openvino_computes_the_canonical_operators(
         expected = run_piece(reference, names, result, values)
         actual, _ = execute(lowered, names, result, values, tmp_path / "piece.onnx")
         assert actual.shape == expected.shape
-        # A remainder's ties are 254 times as many, and a code that falls the other way there moves little.
-        tolerance = 5e-5 if any(layer.name == name and layer.has_remainder for layer in plan.layers) else 1e-5
-        if np.abs(actual - expected).max() <= tolerance * np.abs(expected).max():
+        if np.abs(actual - expected).max() <= tolerance(plan, name) * np.abs(expected).max():
             exact += 1
         else:
             assert distance_to_tie(reference, name, names, values) < NEAR_TIE, name

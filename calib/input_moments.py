@@ -3,6 +3,7 @@
 A convolution's inputs are kernel windows: the same pixels, nine times over in a 3 × 3 kernel. The product of two taps,
 summed over all positions, depends on their displacement alone, but for pixels at the border: 25 products of channels
 with channels stand for the 81 of all pairs of taps (13 for 45 where both sides are equal), and nothing is unfolded.
+Small images have too much of a border for that, and few positions are soon multiplied one by one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_ROWS = 512  # of a symmetric product at once: what lies left of the diagonal is computed within such squares only
+ROWS = 512  # of a symmetric product at once: what lies left of the diagonal is computed within such squares only
 _GATHERED = 2**24  # values of kernel windows in memory at once
+_WRITTEN = 150  # positions whose products take as long as adding blocks of channels to both squares does
+
+
+def paired_products(width: int | float) -> float:
+    """Multiplications a position, in squares of `width`, of both moments: one of them is symmetric."""
+    return 1.5 + 0.5 * min(1.0, ROWS / width)
+
+
+def displaced_products(kernel: Sequence[int], image: Sequence[int]) -> float:
+    """The same where taps are multiplied by their displacement; the symmetric moment is half computed throughout."""
+    taps, displacements, padded, border = 1, 1, 1.0, 0.0
+    for size, side in zip(kernel, image, strict=True):
+        taps, displacements = taps * size, displacements * (2 * size - 1)
+        padded *= 1 + (size - 1) / side
+        border += (size * size - 1) / (4 * size * side)  # pixels that a tap never reads, on average
+    return 1.5 * (padded * displacements / (taps * taps) + min(1.0, border))
+
+
+def displaced_pays(kernel: Sequence[int], image: Sequence[int], width: int | float, positions: int, kept: int) -> bool:
+    """Whether that is less work for all `positions` of a batch than one by one for those that are kept of them."""
+    return positions * displaced_products(kernel, image) + _WRITTEN < kept * paired_products(width)
 
 
 @dataclass(frozen=True)
@@ -50,9 +72,9 @@ class Moments:
         windows = _Windows(module, left)
         chosen = sampling.chosen(windows.positions, left.device)
         padded = windows.padded(left), windows.padded(right)
-        # Of half the positions, single products would cost more than displacements of all; more is only better.
-        few = chosen is not None and 2 * len(chosen) < windows.positions
-        if windows.uniform and not few:
+        kept, width = windows.positions if chosen is None else len(chosen), max(map(len, self._quantized))
+        image = (left.shape[2], left.shape[3])
+        if windows.uniform and displaced_pays(module.kernel_size, image, width, windows.positions, kept):
             self._add_displaced(windows, *padded)
             return
         for some in windows.gathering(chosen):
@@ -80,8 +102,8 @@ class Moments:
         for index, (quantized, mixed) in enumerate(zip(self._quantized, self._mixed, strict=True)):
             first, second = (part[:, :, self._channels(index)].flatten(1) for part in (left, right))
             mixed.addmm_(first.T, second)
-            for start in range(0, len(quantized), _ROWS):
-                stop = min(start + _ROWS, len(quantized))
+            for start in range(0, len(quantized), ROWS):
+                stop = min(start + ROWS, len(quantized))
                 quantized[start:stop, start:].addmm_(second[:, start:stop].T, second[:, start:])
 
     def _add_displaced(self, windows: "_Windows", left: Tensor, right: Tensor) -> None:

@@ -4,9 +4,9 @@ The formulas say how often each kind of work is done, as the stages do it; the s
 spot. Nothing here is a result of an earlier build.
 """
 
-import math
 from dataclasses import dataclass
 
+from calib.input_moments import displaced_pays, displaced_products, paired_products
 from dmqexport.models.footprint import Footprint, LayerCost
 from dmqexport.models.picture_features import DIMENSION
 from dmqexport.pipeline_estimate_training import ChoiceEstimate
@@ -20,7 +20,6 @@ from dmqexport.target import Target
 VECTORS, JUDGED = 768, 2**19  # calib/channel_scaling.py
 _PROPOSALS = 10
 LARGEST_INPUT, WIDE_BLOCK, POSITIONS, SWEEPS, BLOCK = 4608, 1152, 2**16, 4, 128  # calib/second_order.py
-ROWS = 512  # calib/input_moments.py
 SCALING_ENTRIES = 256  # dmqexport/pipeline_calibrate.py
 INLINE = 2**26  # dmqexport/onnx_export.py
 DRAWN_VALUES = 256  # calib/drawn.py
@@ -153,10 +152,16 @@ class _Estimator(ChoiceEstimate):
             entries = min(self.training_entries if own else self.entries, recipe.quantization.refine_entries)
 
             def moments(layer: LayerCost) -> float:
-                seen = layer.positions * entries
-                all_of_them = seen <= 2 * POSITIONS and _uniform(layer)
-                each = seen * _displaced(layer) if all_of_them else min(POSITIONS, seen) * _paired(layer)
-                return layer.width * _block(layer) * each / speed.products
+                batch = min(self.batch, entries)
+                positions = layer.positions * batch
+                kept = min(-(-POSITIONS * batch // entries), positions)
+                each, gathered = kept * paired_products(_block(layer)), 2.0 * kept * layer.width
+                shape = layer.weight[2:], layer.input_shape[1:]
+                if _uniform(layer) and displaced_pays(*shape, _block(layer), positions, kept):
+                    each, gathered = positions * displaced_products(*shape), 0.0
+                # Sums as large as the squares are written once a batch, which few positions do not hide.
+                passed = FLOAT * (6 * layer.width * _block(layer) + gathered) / speed.copied
+                return entries / batch * (layer.width * _block(layer) * each / speed.products + passed)
 
             def moved(layer: LayerCost) -> float:
                 """Both inputs, quantized and padded, go through memory."""
@@ -232,23 +237,7 @@ def _block(layer: LayerCost) -> float:
     return layer.width if layer.width <= LARGEST_INPUT else layer.width / -(-layer.width // WIDE_BLOCK)
 
 
-def _paired(layer: LayerCost) -> float:
-    """Squares of a block's width that both moments multiply a position: the symmetric one is half computed."""
-    width = _block(layer)
-    return 1.5 + 0.5 * min(1.0, ROWS / width)
-
-
 def _uniform(layer: LayerCost) -> bool:
     """Whether products of taps are summed by their displacement."""
     padded = (2 * pad + 1 for pad in layer.padding)
     return layer.convolution and tuple(layer.stride) == (1, 1) and tuple(padded) == tuple(layer.weight[2:])
-
-
-def _displaced(layer: LayerCost) -> float:
-    """The same in that case."""
-    down, right = layer.weight[2:]
-    taps, displacements, side = down * right, (2 * down - 1) * (2 * right - 1), math.sqrt(layer.positions)
-    padded = (1 + (down - 1) / side) * (1 + (right - 1) / side)
-    # Pixels that a tap never reads are taken off again, pair by pair; the symmetric moment is half computed throughout.
-    border = taps * taps * min(1.0, (down + right - 2) / (3 * side))
-    return 1.5 * (padded * displacements + border) / (taps * taps)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.input_moments import Moments, Sampling
+from calib.input_moments import Moments, Sampling, displaced_pays
 
 ALL = 10**6
 
@@ -30,10 +30,17 @@ def assert_moments(moments: Moments, spans: list[tuple[int, int]], left: Tensor,
     [(3, 1, 1, 1), (3, 2, 1, 1), (1, 1, 0, 1), ((5, 3), 1, (2, 1), 1), (3, 1, 2, 2), (3, 1, (2, 1), 1)],
     ids=["same", "strided", "one tap", "oblong", "dilated", "wider than the image"],
 )
+@pytest.mark.parametrize("displaced", [False, True])
 @pytest.mark.parametrize("positions", [20, ALL])
 def test_moments_are_those_of_the_unfolded_tensors(
-    geometry: tuple[int, int, int, int], sides: tuple[int, int], positions: int
+    geometry: tuple[int, int, int, int],
+    sides: tuple[int, int],
+    positions: int,
+    displaced: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """displaced: wherever windows allow it and all positions are wanted, however little it pays."""
+    monkeypatch.setattr("calib.input_moments.displaced_pays", lambda *given: displaced and given[-2] == given[-1])
     generator = torch.Generator().manual_seed(0)
     conv = nn.Conv2d(6, 5, *geometry)
     taps = conv.weight[0, 0].numel()
@@ -44,8 +51,6 @@ def test_moments_are_those_of_the_unfolded_tensors(
         inputs = torch.randn(4, 6, *sides, generator=generator)
         quantized = torch.round(inputs * 2) / 2
         kept = drawn.chosen(len(unfolded(conv, inputs, None)), inputs.device)
-        if kept is not None and 2 * len(kept) >= len(unfolded(conv, inputs, None)) and conv.stride == (1, 1):
-            kept = None
         exact.append(unfolded(conv, inputs, kept))
         seen.append(unfolded(conv, quantized, kept))
         moments.add(conv, inputs, quantized, sampling)
@@ -62,3 +67,11 @@ def test_moments_of_tokens(positions: int) -> None:
     kept = Sampling(positions, torch.Generator().manual_seed(5)).chosen(33, inputs.device)
     kept = torch.arange(33) if kept is None else kept
     assert_moments(moments, spans, inputs.flatten(0, 1)[kept], quantized.flatten(0, 1)[kept])
+
+
+def test_large_images_are_summed_by_displacement_and_small_or_few_ones_are_not() -> None:
+    kernel, width = (3, 3), 1152
+    assert displaced_pays(kernel, (64, 64), width, 2 * 64**2, 2 * 64**2)
+    assert displaced_pays(kernel, (16, 16), width, 8 * 16**2, 8 * 16**2)
+    assert not displaced_pays(kernel, (4, 4), width, 32 * 4**2, 32 * 4**2)
+    assert not displaced_pays(kernel, (64, 64), width, 8 * 64**2, 1024)

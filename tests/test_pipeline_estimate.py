@@ -172,7 +172,7 @@ def test_what_is_asked_for_more_takes_longer(cost: Footprint) -> None:
     assert more["plan"].seconds < 4 * plain["plan"].seconds, "weights are fitted once"
     eight = stages_of(cost, "fast", bits="w8a8")
     assert eight["plan"].forward_seconds == 0
-    assert eight["plan"].seconds < plain["plan"].seconds / 2
+    assert eight["plan"].seconds < plain["plan"].seconds, "weights of 8 bits are searched and not fitted"
     short, long = (stages_of(cost, "full", **{"training.sampler.iterations": count}) for count in (100, 200))
     assert long["sampler"].seconds > 1.8 * short["sampler"].seconds
     spared = stages_of(cost, "full", **{"training.sampler.recompute": True})

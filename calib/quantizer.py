@@ -14,8 +14,8 @@ from calib.observer import scaled_operands
 from calib.probe import AttentionMode, ModuleStack, removing
 from calib.sampling import TIMESTEP, broadcast_timestep
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights, remainder_name
-from dmqexport.quant_types import ActivationQuant, dequantize_weight, remainder_of
+from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_types import ActivationQuant, dequantize_weight, remainder_name, remainder_of
 
 
 @dataclass

@@ -120,11 +120,6 @@ class LayerQuant:
         return any(segment.remainder for segment in self.segments)
 
 
-def remainder_name(operand: str) -> str:
-    """What the remainder of the activation `layer#segment` is called in graphs and simulations."""
-    return f"{operand}/remainder"
-
-
 @dataclass(frozen=True)
 class AttentionQuant:
     """The two matmuls of a scaled-dot-product attention: query·keyᵀ and probabilities·value.

@@ -245,6 +245,11 @@ def remainder_of(first: ActivationQuant) -> ActivationQuant:
     )
 
 
+def remainder_name(operand: str) -> str:
+    """What the remainder of the activation `layer#segment` is called in graphs and simulations."""
+    return f"{operand}/remainder"
+
+
 def quantize_weight(weight: FloatArray, qparams: WeightQuant) -> CodeArray:
     """Return the signed codes, int8, of `weight` [out_channels, ...] rounded half to even."""
     shape = (-1,) + (1,) * (weight.ndim - 1)

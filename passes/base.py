@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dmqexport.quant_plan import remainder_name
+from dmqexport.quant_types import remainder_name
 
 MODULE_KEY = "dmqexport.module"
 ROLE_KEY = "dmqexport.role"

@@ -20,9 +20,8 @@ from dmqexport.quant_plan import (
     QuantPlan,
     QuantWeights,
     Segment,
-    remainder_name,
 )
-from dmqexport.quant_types import ActivationQuant, WeightQuant, quantize_weight
+from dmqexport.quant_types import ActivationQuant, WeightQuant, quantize_weight, remainder_name
 from passes.pipelines import canonical, float_cleanup
 
 TIMESTEPS = 60

@@ -17,8 +17,15 @@ from calib.probe import ProbeResult, probe
 from calib.quantizer import ActivationQuantizer, QuantizedLayer, RowContext, simulate
 from calib.timestep_table import equal_groups
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment, remainder_name
-from dmqexport.quant_types import ActivationQuant, BitWidths, WeightQuant, dequantize_weight, quantize_weight
+from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_types import (
+    ActivationQuant,
+    BitWidths,
+    WeightQuant,
+    dequantize_weight,
+    quantize_weight,
+    remainder_name,
+)
 
 ROW_MAP = equal_groups(TIMESTEPS, 5)
 

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward.default  # one pass: the gradient between two ends, else zero
-
 Ends = tuple[float, float]
 """The lowest and the highest code, where one pair serves the whole tensor."""
 
@@ -60,7 +58,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ends is None:
             passed = difference.abs().le_(0.5).mul_(gradient)  # what rounds to an end is inside
         else:
-            passed = _HARDTANH_BACKWARD(gradient, steps, *_just_outside(ends))
+            passed = torch.ops.aten.hardtanh_backward(gradient, steps, *_just_outside(ends))
         to_scale = to_zero = None
         if moved:
             to_zero = (passed.sum_to_size(low.shape) - gradient.sum_to_size(low.shape)).mul_(scale)

@@ -79,10 +79,7 @@ class TrainableLayer(nn.Module):
             self.weights.append(
                 TrainableWeight(part, codes.codes(plan.name, index), segment.weight, options.weights, options.rank)
             )
-        self._parts = [weight for weight in self.weights if isinstance(weight, TrainableWeight)]
         self._quantizers = quantizers
-        self.keeps = False
-        self._kept: tuple[Tensor, int, Tensor, int] | None = None
         bias = torch.from_numpy(plan.bias.copy()) if plan.bias is not None else base.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=options.biases)
 
@@ -93,30 +90,10 @@ class TrainableLayer(nn.Module):
 
     def parts(self) -> list[TrainableWeight]:
         """The weights, one a segment."""
-        return self._parts
-
-    @property
-    def constant(self) -> bool:
-        """Whether equal inputs give equal outputs, whatever the timestep."""
-        return all(quantizer is None or quantizer.constant for quantizer in self._quantizers)
-
-    def forget(self) -> None:
-        """Drop the memory of the last tensor."""
-        if self._kept is not None:  # setting an attribute of a module is slow, and most have nothing to drop
-            self._kept = None
+        return [weight for weight in self.weights if isinstance(weight, TrainableWeight)]
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """Same shapes as the float layer; where it `keeps`, the very same tensor is multiplied once."""
-        if self._kept is not None:
-            source, version, kept, changes = self._kept
-            if source is tensor and version == tensor._version and changes == kept._version:
-                return kept
-        output = self._computed(tensor)
-        if self.keeps:
-            self._kept = tensor, tensor._version, output, output._version
-        return output
-
-    def _computed(self, tensor: Tensor) -> Tensor:
+        """Same shapes as the float layer."""
         axis = 1 if self.conv else tensor.ndim - 1
         total: Tensor | None = None
         for index, (start, stop) in enumerate(self.spans):
@@ -124,7 +101,7 @@ class TrainableLayer(nn.Module):
             quantizer = self._quantizers[index]
             seen = part if quantizer is None else quantizer(part)
             bias = self.bias if index == 0 else None
-            output = self._operator(seen, self._parts[index].weight(), bias)
+            output = self._operator(seen, self.weights[index](), bias)
             total = output if total is None else total + output
         assert total is not None
         return total
@@ -160,30 +137,18 @@ class TrainableModel:
     def __init__(self, plan: QuantPlan, options: TrainOptions) -> None:
         self.plan, self.options = plan, options
         self.context = RowContext(
-            torch.from_numpy(plan.row_map.copy()), listeners=[self._next_call], timestep_scale=plan.timestep_scale
+            torch.from_numpy(plan.row_map.copy()), listeners=[self.forget], timestep_scale=plan.timestep_scale
         )
         self.tables = Tables(plan.rows, self.context)
         self.layers: dict[str, TrainableLayer] = {}
         self.attentions: dict[str, TrainableAttention] = {}
         self._shared: dict[tuple[str, int], TrainableActivation] = {}
-        self._keeps = False
 
     def forget(self) -> None:
         """Drop what belongs to the last batch."""
         self.tables.forget()
         for quantizer in self._quantizers():
             quantizer.forget()
-        for layer in self.layers.values():
-            layer.forget()
-
-    def _next_call(self) -> None:
-        if not self._keeps:
-            self.forget()
-            return
-        self.tables.forget_rows()
-        for quantizer in self._quantizers():
-            if not quantizer.constant:
-                quantizer.forget()
 
     def add(self, base: nn.Conv2d | nn.Linear, plan: LayerQuant, source: str, codes: QuantWeights) -> TrainableLayer:
         """Make one layer trainable; layers that read the tensor of `source` with equal qparams share its table."""
@@ -202,29 +167,16 @@ class TrainableModel:
         return self.layers[plan.name]
 
     @contextmanager
-    def held_weights(self, keep: bool = False) -> Iterator[None]:
-        """Quantize every weight once for all calls inside, gradients included.
-
-        keep: what no timestep changes is computed once too, where a layer gets the very same tensor again, as those do
-        that read the text. Calls are then parts of one graph: none may be recomputed for its gradient.
-        """
-        layers = list(self.layers.values())
-        parts = [weight for layer in layers for weight in layer.parts()]
-        self.forget()
-        self._keeps = keep
-        for layer in layers:
-            layer.keeps = keep and layer.constant
+    def held_weights(self) -> Iterator[None]:
+        """Quantize every weight once for all calls inside, gradients included."""
+        parts = [weight for layer in self.layers.values() for weight in layer.parts()]
         for weight in parts:
             weight.held = weight.quantized()
         try:
             yield
         finally:
-            self._keeps = False
-            for layer in layers:
-                layer.keeps = False
             for weight in parts:
                 weight.held = None
-            self.forget()
 
     def _quantizers(self) -> Iterator[TrainableActivation]:
         for layer in self.layers.values():

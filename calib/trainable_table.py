@@ -103,10 +103,6 @@ class Tables(nn.Module):
         """Drop the gathered rows: a new batch, or new parameters."""
         self._gathered.clear()
 
-    def forget_rows(self) -> None:
-        """Drop those that depend on the timestep: a new batch."""
-        self._gathered.pop(True, None)
-
     def values(self, index: int) -> QuantizerValues:
         """What table `index` says for the running batch; all tables are gathered at once, when the first is read."""
         varies, position = self._columns[index]
@@ -185,22 +181,17 @@ class TrainableActivation:
         self.name, self.plan, self.tables, self.remainder = name, plan, tables, remainder
         self.index = tables.add(plan)
         self._factor = None if plan.channel_factor is None else torch.from_numpy(plan.channel_factor.copy())
-        self._last: tuple[Tensor, int, Tensor] | None = None
-
-    @property
-    def constant(self) -> bool:
-        """Whether it quantizes alike at every timestep."""
-        return self.plan.rows == 1
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Quantized and dequantized, same shape; the very same tensor is quantized once."""
-        if self._last is not None and self._last[0] is tensor and self._last[1] == tensor._version:
-            return self._last[2]
+        if self._last is not None and self._last[0] is tensor:
+            return self._last[1]
         factor, found = self._factor, self.tables.values(self.index)
         if factor is not None and tensor.ndim == 4:
             factor = factor.reshape(-1, 1, 1)
         parts = (found.scale, found.zero_point, found.levels)
-        if not self.constant:
+        if self.plan.rows > 1:
             rows = self.tables.context.rows
             if rows.shape[0] != tensor.shape[0]:
                 raise CalibrationError(f"{self.name}: batch {tensor.shape[0]} but {rows.shape[0]} timesteps")
@@ -211,7 +202,7 @@ class TrainableActivation:
         if self.remainder:
             rest = (tensor if factor is None else tensor / factor) - result
             result = result + fake_quantize(rest, parts[0] / REMAINDER_STEPS, *parts[1:], None, found.ends)
-        self._last = tensor, tensor._version, result
+        self._last = (tensor, result)
         return result
 
     def forget(self) -> None:

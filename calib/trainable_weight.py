@@ -91,7 +91,7 @@ class TrainableWeight(nn.Module):
             own["up"] = state["up"] * state["log_scale"].exp().reshape(-1, 1)
         self.load_state_dict(own)
 
-    def weight(self) -> Tensor:
+    def forward(self) -> Tensor:
         """The fake-quantized weight, float32, shape of the original; `held` in its place where that is set."""
         return self.quantized() if self.held is None else self.held
 

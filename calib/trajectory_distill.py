@@ -73,10 +73,9 @@ class _Trainer:
         held_out: int,
         batch_size: int,
         ranks: Ranks,
-        keep: bool,
     ) -> None:
         self.model, self.starts, self.finished, self.finish = model, starts, finished, finish
-        self.optimizer, self.batch_size, self.ranks, self.keep = optimizer, batch_size, ranks, keep
+        self.optimizer, self.batch_size, self.ranks = optimizer, batch_size, ranks
         self.pairs = guidance_pairs(starts)
         if len(self.pairs) != len(finished):
             raise CalibrationError(f"{len(self.pairs)} first calls, but {len(finished)} finished trajectories")
@@ -100,7 +99,7 @@ class _Trainer:
         self.model.forget()
         mine = torch.tensor(share(self.ranks, range(self.trained, len(self.pairs))), dtype=torch.int64)
         total = np.zeros(1)
-        with torch.no_grad(), self.model.held_weights(self.keep):
+        with torch.no_grad(), self.model.held_weights():
             for part in torch.split(mine, self.batch_size):
                 total += float(self.errors(part).double().sum())
         self.model.forget()
@@ -115,7 +114,7 @@ class _Trainer:
         chosen = torch.randperm(self.trained, generator=generator)[: self.batch_size]
         mine = torch.tensor(share(self.ranks, range(len(chosen))), dtype=torch.int64)
         present = len(mine) > 0
-        with self.model.held_weights(self.keep):
+        with self.model.held_weights():
             # A rank without a share must have gradients at the same parameters as the others, though they be zero.
             errors = self.errors(chosen[mine] if present else chosen[:1])
             loss = errors.sum() / len(chosen) * float(present)
@@ -169,7 +168,6 @@ def distill_trajectories(
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
-    keep: bool = True,
 ) -> TrajectoryDistillResult:
     """Train layers `names` of `model` (None: all) for `iterations` batches of `batch_size` whole trajectories.
 
@@ -177,12 +175,11 @@ def distill_trajectories(
     end, [trajectories, ...]; finish: draws with `model` what the float model drew. The last `held_out` trajectories are
     not trained on: `model` ends in that of nine states, the untrained one among them, that draws those best, so that
     training never makes them worse. checkpoint: a file written about once a minute, from which a killed run goes on;
-    ranks: processes that share every batch, trajectory by trajectory, on equal models; keep: as of
-    `TrainableModel.held_weights`, False where `finish` recomputes calls for their gradient. Raises CalibrationError
-    when the loss is no number or nothing is left to train on, RankError when another rank failed.
+    ranks: processes that share every batch, trajectory by trajectory, on equal models. Raises CalibrationError when
+    the loss is no number or nothing is left to train on, RankError when another rank failed.
     """
     optimizer = model.optimizer(names, iterations)
-    trainer = _Trainer(model, starts, finished, finish, optimizer, held_out, batch_size, ranks, keep)
+    trainer = _Trainer(model, starts, finished, finish, optimizer, held_out, batch_size, ranks)
     if checkpoint is not None and checkpoint.is_file():
         trainer.resume(checkpoint)
     else:

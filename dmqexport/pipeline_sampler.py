@@ -110,7 +110,6 @@ class SamplerTraining(Training):
                     checkpoint=scratch / "checkpoint.pt",
                     progress=self.workspace.reporter.progress,
                     ranks=self.workspace.ranks,
-                    keep=not sampler.recompute,
                 )
                 document = {"kept": result.kept, "held_out_db": result.held_out, "losses": result.losses}
                 self.keep_trained(model, folder / "sampler.json", document)

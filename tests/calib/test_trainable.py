@@ -233,65 +233,6 @@ def test_readers_of_one_tensor_keep_one_table(
         assert all(table is not None and tables[0] is not None and table.same_as(tables[0]) for table in tables)
 
 
-def gradients_of(model: TrainableModel, loss: Tensor) -> dict[str, Tensor]:
-    """Of the weights and of the tables, dense."""
-    model.optimizer(None, 1).zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    parameters = [*model.layers.items(), ("tables", model.tables)]
-    found = {f"{name}|{key}": p.grad for name, part in parameters for key, p in part.named_parameters()}
-    return {key: grad.to_dense().clone() for key, grad in found.items() if grad is not None}
-
-
-def test_a_batch_of_one_row_is_quantized_as_in_any_other(
-    denoiser: nn.Module, found: ProbeResult, planned: tuple[QuantPlan, QuantWeights]
-) -> None:
-    """One row is read as scalars, several sample by sample."""
-    mixed = random_calibration(6, seed=9, timesteps=torch.tensor([20, 20, 20, 20, 2, 38]))
-    alike = mixed.at(torch.arange(4))
-    with trainable(denoiser, *planned, found, TrainOptions()) as model:
-        one, several = denoiser(**alike.inputs), denoiser(**mixed.inputs)[:4]
-        assert torch.allclose(one, several, atol=1e-6)
-        first, second = (gradients_of(model, output.square().mean()) for output in (one, several))
-    assert "tables|scale_rows" in first
-    for key, value in second.items():
-        torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-6)
-
-
-def test_what_no_timestep_changes_is_computed_once_where_weights_are_held(
-    denoiser: nn.Module, found: ProbeResult, planned: tuple[QuantPlan, QuantWeights], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = random_calibration(2).inputs["encoder_hidden_states"]
-    samples = [random_calibration(2, seed=seed, timesteps=torch.full((2,), 9 * seed)) for seed in range(4)]
-    with trainable(denoiser, *planned, found, TrainOptions()) as model:
-        layer, calls = model.layers["text"], 0
-        assert layer.constant
-        assert not model.layers["scaled"].constant
-        compute = layer._computed
-
-        def counted(tensor: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return compute(tensor)
-
-        monkeypatch.setattr(layer, "_computed", counted)
-        results = []
-        for keep in (True, False):
-            calls = 0
-            with model.held_weights(keep):
-                answers = [denoiser(**{**data.inputs, "encoder_hidden_states": text}) for data in samples]
-                loss = torch.stack(answers).square().mean()
-                results.append((torch.stack(answers).detach(), gradients_of(model, loss)))
-            assert calls == (1 if keep else 4)
-            calls = 0
-            for data in samples[:2]:
-                denoiser(**{**data.inputs, "encoder_hidden_states": text})
-            assert calls == 2, "parameters may have moved"
-    (kept, gradients), (anew, expected) = results
-    assert torch.equal(kept, anew)
-    for key, value in expected.items():
-        torch.testing.assert_close(gradients[key], value, rtol=1e-4, atol=1e-6)
-
-
 def test_state_restores_everything(
     denoiser: nn.Module, found: ProbeResult, planned: tuple[QuantPlan, QuantWeights]
 ) -> None:

@@ -87,7 +87,7 @@ class Remaindering(Allocating):
         for info in self.probe_result.layers:
             if info.name in errors and info.name not in named:
                 readers.setdefault(f"{info.source}{info.segments}", []).append(info.name)
-        whole, total = sum(errors.values()), sum(macs.values())
+        whole, total = sum(errors.values()) or 1.0, sum(macs.values())
         gains = [
             (sum(errors[name] for name in names), sum(macs[name] for name in names), names)
             for names in readers.values()

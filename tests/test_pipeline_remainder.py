@@ -56,6 +56,11 @@ def test_gains_are_shares_of_the_error_and_of_the_work() -> None:
     assert found["gains"]["q"] == {"error": pytest.approx(4 / sum(ERRORS.values())), "work": pytest.approx(0.2)}
 
 
+def test_errors_of_nothing_are_shares_of_nothing() -> None:
+    found = spend(0.01, dict.fromkeys(ERRORS, 0.0))
+    assert {gain["error"] for gain in found["gains"].values()} == {0.0}
+
+
 def test_layers_whose_error_was_not_measured_count_as_work_alone() -> None:
     """Those of other bits, and those in float: no remainder, but their share of a call."""
     found = spend(0.02, {"small": 1.0})

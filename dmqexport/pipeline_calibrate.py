@@ -52,7 +52,7 @@ STAGE_VERSIONS = {
     "sampler": 2,
     "export": 2,
     "tuning": 2,
-    "passes": 9,
+    "passes": 10,
     "compile": 1,
     "reference": 1,
     "features": 1,

@@ -9,6 +9,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from passes.base import Builder, Role, constant_array, redirect, role_of, take_name
+from passes.gather_timestep_scale import TABLE as PACKED
+from passes.gather_timestep_scale import TableColumn, pack_tables
 from passes.insert_qdq import LEFT_OVER, ROW, SCALED
 from passes.lower.ort_cpu import BOTH_SCALES
 
@@ -49,6 +51,7 @@ class UniformRows(ir.passes.InPlacePass):
         if work.changed:
             model.graph.sort()
             RemoveUnusedNodesPass()(model)
+            work.shrink(model)
         return ir.passes.PassResult(model, work.changed)
 
 
@@ -274,6 +277,28 @@ class _Uniform:
             for (value, _), output in zip(numbers, last.outputs, strict=True):
                 output.shape = ir.Shape([1])
                 redirect(value, output, [])
+
+
+    def shrink(self, model: ir.Model) -> None:
+        """Pack what is still read of the tables by itself: most of their columns have become numbers of their own."""
+        left = [
+            value
+            for value in self._tables
+            if any(use.node.outputs[0] not in self._tables for use in value.uses()) or value.is_graph_output()
+        ]
+        row = next((node.outputs[0] for node in self._graph if node.name == FIRST_ROW), None)
+        packed = self._graph.initializers.get(PACKED)
+        if row is None or packed is None or not left:
+            return
+        columns = []
+        for value in left:
+            table = self._tables[value]
+            flat = table.reshape(len(table), -1) if table[0].size > 1 else table.reshape(-1)
+            stand_in = ir.Value(name=value.name, type=value.type)
+            columns.append(TableColumn(stand_in, flat, [-1, *table.shape[1:]], str(value.name)))
+            redirect(value, stand_in, [])
+        RemoveUnusedNodesPass()(model)
+        pack_tables(self._graph, row, columns)
 
 
 def row_tables(row: ir.Value) -> dict[ir.Value, np.ndarray]:

@@ -14,6 +14,7 @@ from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, 
 from dmqexport.quant_plan import QuantPlan, QuantWeights
 from passes.base import constant_array
 from passes.bind import graph_attentions, graph_layers
+from passes.gather_timestep_scale import TABLE
 from passes.lower.group_by_row import GROUPS, GroupByRow, layer_graph, looping
 from passes.lower.ort_cpu import FUSED_PRODUCT
 from passes.lower.portable import MakePortable
@@ -92,6 +93,25 @@ def test_no_vector_of_scales_is_left(deep: Exported, tmp_path: Path) -> None:
     assert {str(node.name).split("/")[0].split("#")[0] for node in left} <= grouped
     assert all(constant_array(node.inputs[0]) is not None for node in model.graph if node.op_type == "Gather"
                and str(node.name).startswith("dmqexport/uniform"))  # fmt: skip
+
+
+def test_the_packed_table_keeps_what_is_read_alone(deep: Exported, tmp_path: Path) -> None:
+    shrunk = 0
+    for seed in range(8):
+        codes = tmp_path / str(seed)
+        codes.mkdir()
+        model = lowered(deep, draw(deep, codes, seed), codes / "codes")
+        before = constant_array(model.graph.initializers.get(TABLE))
+        UniformRows()(model)
+        after = constant_array(model.graph.initializers.get(TABLE))
+        if before is None or after is None:
+            continue  # no table, or every column of it became a number
+        shrunk += after.shape[1] < before.shape[1]
+        gather = next(use.node for use in model.graph.initializers[TABLE].uses())
+        nodes = [use.node for use in gather.outputs[0].uses()]
+        nodes += [u.node for node in nodes if node.op_type == "Split" for value in node.outputs for u in value.uses()]
+        assert all(value.uses() for node in nodes for value in node.outputs)
+    assert shrunk
 
 
 @pytest.mark.parametrize("make", [draw, draw_remainders])

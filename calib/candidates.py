@@ -1,6 +1,7 @@
 """The quantizers of every layer at every candidate width, made once and combined at will."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from calib.freeze import LayerBits, freeze
 from calib.observer import ActivationStatistics
 from calib.probe import ProbeResult
-from calib.quantizer import QuantizedLayer, RowContext
+from calib.quantizer import QuantizedLayer, RowContext, simulate
 from calib.range_search import RangeMethod
 from calib.weight_dilation import scaled_columns
 from dmqexport.errors import CalibrationError
@@ -123,6 +124,16 @@ class Candidates:
         chosen = {layer.name: layer.weight_bits for layer in layers}
         return replace(template, layers=layers), _MixedCodes(self._weights, chosen)
 
+    @contextmanager
+    def simulated(self, denoiser: nn.Module, choice: Mapping[str, WidthPair]) -> Iterator[None]:
+        """Inside the block, `denoiser` computes with every layer of `choice` fake-quantized at its pair."""
+        plan, codes = self.plan(choice)
+        with simulate(denoiser, plan, codes):
+            for name, pair in choice.items():
+                if pair.activation is None:
+                    self._unscale(denoiser.get_submodule(name), name)
+            yield
+
     def module(self, base: nn.Module, name: str, pair: WidthPair, context: RowContext) -> QuantizedLayer:
         """A fake-quantized module in place of `base`."""
         assert isinstance(base, (nn.Conv2d, nn.Linear))
@@ -135,11 +146,17 @@ class Candidates:
                 if factor is not None and pair.activation is not None:
                     part = scaled_columns(part, factor)
                 setattr(module, f"weight_{index}", part)
-            elif factor is not None and pair.activation is None:
-                # Codes were made for an input divided by the factor, and this input is not.
+        if pair.weight is not None and pair.activation is None:
+            self._unscale(module, name)
+        return module
+
+    def _unscale(self, module: nn.Module, name: str) -> None:
+        """Let weights whose codes were made for an input divided by a channel factor multiply one that is not."""
+        for index in range(len(self._at(self.widths[0], name).segments)):
+            factor = self.factor(name, index)
+            if factor is not None:
                 part = getattr(module, f"weight_{index}")
                 setattr(module, f"weight_{index}", scaled_columns(part, 1.0 / factor))
-        return module
 
     def factor(self, name: str, segment: int) -> Tensor | None:
         """The channel factor of a layer's input, float32 [channels], where it has one."""

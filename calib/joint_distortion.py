@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from calib.candidates import Candidates, WidthPair
 from calib.metrics import Metric
-from calib.quantizer import simulate
 from calib.replay import Replay
 from calib.sampling import CalibrationSet
 from calib.sensitivity import Progress, Run
@@ -56,11 +55,10 @@ def measure_joint(
     batch_size: int,
 ) -> float:
     """Mean distortion over `calibration` with every layer of `choice` quantized at once, rounding to nearest."""
-    plan, codes = candidates.plan(choice)
     total = 0.0
     with torch.no_grad():
         references = [run(inputs) for _, inputs in calibration.batches(batch_size)]
-        with simulate(denoiser, plan, codes):
+        with candidates.simulated(denoiser, choice):
             for reference, (_, inputs) in zip(references, calibration.batches(batch_size), strict=True):
                 total += float(metric.distance(reference, run(inputs)).double().sum())
     return total / len(calibration)
@@ -77,7 +75,6 @@ def measure_marginals(
     progress: Progress | None = None,
 ) -> Marginals:
     """Joint distortion, and the same with each layer in turn put back to float; only what lies downstream is run."""
-    plan, codes = candidates.plan(choice)
     batches = list(calibration.batches(batch_size))
     joint, done = 0.0, 0
     without: dict[str, float] = dict.fromkeys(choice, 0.0)
@@ -85,7 +82,7 @@ def measure_marginals(
     with torch.no_grad():
         references = [run(inputs) for _, inputs in batches]
     originals = {name: denoiser.get_submodule(name) for name in choice}
-    with simulate(denoiser, plan, codes):
+    with candidates.simulated(denoiser, choice):
         for reference, (_, inputs) in zip(references, batches, strict=True):
             replay = Replay(denoiser, partial(run, inputs))
             whole = metric.distance(reference, replay.output).double()

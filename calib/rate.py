@@ -95,16 +95,18 @@ def average_activation_bits(
 ) -> Resource:
     """Mean bits of the multiplied activations, weighted by multiply-accumulates as `Allocation` reports them.
 
-    doubled: layers whose 8-bit activations have a remainder of 8 bits more.
+    doubled: layers for which no activation bits mean 8 and a remainder of 8 more, not float.
     """
-    quantized = [info for info in layers if any(pair.activation is not None for pair in curves[info.name])]
+    quantized = [
+        info
+        for info in layers
+        if info.name in doubled or any(pair.activation is not None for pair in curves[info.name])
+    ]
     total = max(sum(info.macs for info in quantized), 1)
 
     def cost(info: LayerInfo, pair: WidthPair) -> float:
-        if pair.activation is None:
-            return 0.0
-        both = 2 if pair.activation == MAX_BITS and info.name in doubled else 1
-        return both * pair.activation * info.macs / total
+        bits = (2 * MAX_BITS if info.name in doubled else 0) if pair.activation is None else pair.activation
+        return bits * info.macs / total
 
     return _resource("average activation bits", layers, curves, cost, limit)
 
@@ -159,12 +161,21 @@ def stored_bytes(
 
 
 def latency(
-    layers: Sequence[LayerInfo], curves: Curves, model: LatencyModel, limit: float, containers: Sequence[int]
+    layers: Sequence[LayerInfo],
+    curves: Curves,
+    model: LatencyModel,
+    limit: float,
+    containers: Sequence[int],
+    doubled: Collection[str] = (),
 ) -> Resource:
-    """Milliseconds of the quantized layers, by `model`; weights are read as stored."""
+    """Milliseconds of the quantized layers, by `model`; weights are read as stored. doubled: as above; two products
+    take twice the time of one.
+    """
 
     def cost(info: LayerInfo, pair: WidthPair) -> float:
         stored = occupied_bits(pair.weight or FLOAT_BITS, containers, Rate.REALISABLE)
+        if pair.activation is None and info.name in doubled:
+            return 2 * model.milliseconds(info, WidthPair(pair.weight, MAX_BITS), stored)
         return model.milliseconds(info, pair, stored)
 
     return _resource("milliseconds of quantized layers", layers, curves, cost, limit)

@@ -36,7 +36,7 @@ from dmqexport.errors import RecipeError
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_drafts import Drafting
 from dmqexport.quant_plan import Allocation, QuantPlan
-from dmqexport.quant_types import BitWidths
+from dmqexport.quant_types import MAX_BITS, BitWidths
 from dmqexport.report.pareto_chart import pareto_svg
 from dmqexport.workspace import StageRecord
 
@@ -54,11 +54,22 @@ class Allocating(Drafting):
         """The widths of every layer, allocated where a budget was given."""
         if not self.recipe.allocation.allocates:
             return self.nominal_bits
-        choice = self.allocation["choice"]
-        return {
-            name: LayerBits(BitWidths.parse(choice[name]), self.nominal_bits[name].reason) if name in choice else bits
-            for name, bits in self.nominal_bits.items()
-        }
+        found = dict(self.nominal_bits)
+        for name, text in self.allocation["choice"].items():
+            pair = WidthPair.parse(text)
+            assert pair.weight is not None
+            activation = MAX_BITS if pair.activation is None and name in self.doubled else pair.activation
+            found[name] = LayerBits(BitWidths(pair.weight, activation), found[name].reason)
+        return found
+
+    def remainders(self, bits: Mapping[str, LayerBits]) -> tuple[str, ...]:
+        """Those that are named, and those that the allocation gave 16 bits."""
+        named = super().remainders(bits)
+        if not self.recipe.allocation.allocates:
+            return named
+        choice = {name: WidthPair.parse(text) for name, text in self.allocation["choice"].items()}
+        given = [name for name in self.doubled if name in choice and choice[name].activation is None]
+        return tuple(dict.fromkeys((*named, *sorted(given))))
 
     @property
     def allocation_fingerprint(self) -> str | None:
@@ -107,15 +118,21 @@ class Allocating(Drafting):
         for info in self.quantized_layers:
             bits = self.nominal_bits[info.name]
             assert bits.widths is not None
+            named, offered = info.name in self._named_remainders, info.name in self.doubled
             if bits.reason:
-                found[info.name] = (WidthPair(bits.widths.weight, bits.widths.activation),)
+                widths = bits.widths
+                own, twice = WidthPair(widths.weight, widths.activation), WidthPair(widths.weight, None)
+                found[info.name] = (twice,) if named else (own, twice) if offered else (own,)
                 continue
             least, most = _bound(recipe.floors, info.name, 2), _bound(recipe.ceilings, info.name, 8)
             weights = [bits for bits in recipe.weight_bits if least.weight <= bits <= most.weight]
             activations: list[int | None] = [None]
             if not float_activations:
                 low, high = least.activation or 2, most.activation or 8
-                activations = [bits for bits in recipe.activation_bits if low <= bits <= high]
+                # One that is named has its remainder where it has 8 bits.
+                narrow = [bits for bits in recipe.activation_bits if low <= bits <= high]
+                activations = [bits for bits in narrow if bits < MAX_BITS or not named]
+                activations += [None] if offered and high == MAX_BITS else []
             if not weights or not activations:
                 raise RecipeError(
                     f"allocation: no width is left for {info.name} between {least} and {most}",
@@ -123,6 +140,29 @@ class Allocating(Drafting):
                 )
             found[info.name] = candidate_pairs(weights, activations, separated=False)
         return found
+
+    @cached_property
+    def _named_remainders(self) -> frozenset[str]:
+        """Layers whose activations have a remainder where they have 8 bits, whatever is allocated."""
+        patterns = self.remainder_patterns
+        names = [name for name, bits in self.nominal_bits.items() if bits.widths and bits.widths.activation is not None]
+        return frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+    @cached_property
+    def doubled(self) -> frozenset[str]:
+        """Layers that may have 16 activation bits. A pair of theirs without activation bits stands for that: what 16
+        bits leave of an error does not show beside the weight's."""
+        recipe = self.recipe.allocation
+        if not recipe.remainders or recipe.method == "mixdq" or self.recipe.widths.activation is None:
+            return self._named_remainders
+        overrides = self.recipe.quantization.overrides
+        return self._named_remainders | {
+            name
+            for name, bits in self.nominal_bits.items()
+            if bits.widths is not None
+            and (not bits.reason or bits.widths.activation == MAX_BITS)
+            and not any(fnmatchcase(name, pattern) for pattern in overrides)
+        }
 
     @property
     def _pinned(self) -> set[str]:
@@ -133,7 +173,9 @@ class Allocating(Drafting):
         """Layers that share an activation and may choose it; the plan quantizes such a tensor once."""
         groups: dict[str, list[str]] = {}
         for info in self.quantized_layers:
-            groups.setdefault(info.name if info.name in self._pinned else f"={info.source}", []).append(info.name)
+            # Boundary layers' pairs have nothing in common with those of others that read the same tensor.
+            tensor = f"={info.source}{'#' if self.nominal_bits[info.name].reason else ''}"
+            groups.setdefault(info.name if info.name in self._pinned else tensor, []).append(info.name)
         return tuple(tuple(group) for group in groups.values())
 
     @property
@@ -149,9 +191,7 @@ class Allocating(Drafting):
         rate = Rate.NOMINAL if nominal or chosen == "nominal" else Rate.REALISABLE
         activations: list[Resource] = []
         if widths.activation is not None:
-            patterns = self.remainder_patterns
-            doubled = {info.name for info in layers if any(fnmatchcase(info.name, pattern) for pattern in patterns)}
-            activations = [average_activation_bits(layers, curves, widths.activation + shift, doubled)]
+            activations = [average_activation_bits(layers, curves, widths.activation + shift, self.doubled)]
         if budget is None:
             return [average_weight_bits(layers, curves, widths.weight + shift, containers, rate), *activations]
         limit = budget.limit * scale
@@ -163,7 +203,7 @@ class Allocating(Drafting):
             return [stored_bytes(layers, curves, rest, channels, limit, containers, rate), *activations]
         if budget.kind is BudgetKind.MILLISECONDS:
             model = LatencyModel.load(self.recipe.allocation.latency_table)
-            return [latency(layers, curves, model, limit, containers), *activations]
+            return [latency(layers, curves, model, limit, containers, self.doubled), *activations]
         one = self.calibration_set.select(torch.tensor([0]))
         sources = sorted({info.source for info in layers})
         elements = input_elements(self.model.denoiser, sources, lambda: self._denoise(one))
@@ -410,7 +450,7 @@ class Allocating(Drafting):
 
     def _uniform(self, widths: BitWidths) -> dict[str, WidthPair]:
         return {
-            name: pairs[0] if name in self._pinned else WidthPair(widths.weight, widths.activation)
+            name: pairs[0] if self.nominal_bits[name].reason else WidthPair(widths.weight, widths.activation)
             for name, pairs in self.pairs.items()
         }
 

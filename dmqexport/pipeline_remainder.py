@@ -21,8 +21,8 @@ class Remaindering(Allocating):
     """Calibration that spends a share of the multiply-accumulates on remainders, where that lowers the error most."""
 
     def remainders(self, bits: Mapping[str, LayerBits]) -> tuple[str, ...]:
-        """Those that the recipe or the family names, and those chosen by measurement."""
-        named = self.named_remainders(bits)
+        """Those that the recipe or the family names, those that were allocated, or those chosen by measurement."""
+        named = super().remainders(bits)
         share = self.recipe.quantization.remainder_share
         # Averages that an allocation keeps to leave nothing to spend here.
         if share == 0 or self.recipe.widths.activation != MAX_BITS or self.recipe.allocation.allocates:

@@ -42,6 +42,11 @@ class AllocationRecipe(Section):
     )
     weight_bits: tuple[Width, ...] = Field(default=ALL_WIDTHS, min_length=1, description="candidate widths")
     activation_bits: tuple[Width, ...] = Field(default=ALL_WIDTHS, min_length=1, description="candidate widths")
+    remainders: bool = Field(
+        default=False,
+        description="also offer 16 activation bits: 8 and as many for what their rounding leaves over, by two int8 "
+        "products (see quantization.remainder); boundary layers may have them too; not for mixdq",
+    )
     floors: dict[str, str] = Field(default_factory=dict, description="pattern → wNaM, the least; the last match wins")
     ceilings: dict[str, str] = Field(default_factory=dict, description="pattern → wNaM, the most; the last match wins")
     entries: int = Field(default=80, ge=1, description="trajectory points that distortion is averaged over")

@@ -278,7 +278,6 @@ class _Uniform:
                 output.shape = ir.Shape([1])
                 redirect(value, output, [])
 
-
     def shrink(self, model: ir.Model) -> None:
         """Pack what is still read of the tables by itself: most of their columns have become numbers of their own."""
         left = [

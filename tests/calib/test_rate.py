@@ -47,12 +47,22 @@ def test_averages_weigh_weights_by_count_and_activations_by_multiplications() ->
 
 
 def test_remainders_of_8_bits_count_as_8_more() -> None:
-    """Where a layer would have them, which is at 8 bits alone."""
-    resource = average_activation_bits(LAYERS, CURVES, 8.0, {"a"})
-    assert resource.used(MIXED) == pytest.approx((16 * 1000 + 6 * 3000) / 4000)
+    """For layers that may have them; for others no activation bits are a float activation, which is not counted."""
+    curves = {name: {**pairs, WidthPair(8, None): 0.5} for name, pairs in CURVES.items()}
+    resource = average_activation_bits(LAYERS, curves, 8.0, {"a"})
+    assert resource.used({**MIXED, "a": WidthPair(8, None)}) == pytest.approx((16 * 1000 + 6 * 3000) / 4000)
     assert resource.used(NARROW) == pytest.approx(6.0)
-    wide = dict.fromkeys(NARROW, WidthPair(8, 8))
-    assert resource.used(wide) == pytest.approx((16 * 1000 + 8 * 3000) / 4000)
+    assert resource.used({**MIXED, "b": WidthPair(8, None)}) == pytest.approx(8 * 1000 / 4000)
+    alone = {"a": {WidthPair(8, None): 0.0}, "b": PAIRS}
+    counted = average_activation_bits(LAYERS, alone, 8.0, {"a"})
+    assert counted.used({"a": WidthPair(8, None), "b": WidthPair(3, 6)}) == pytest.approx((16000 + 18000) / 4000)
+
+
+def test_two_products_take_twice_the_time() -> None:
+    curves = {name: {WidthPair(8, 8): 1.0, WidthPair(8, None): 0.5} for name in CURVES}
+    found = latency(LAYERS, curves, LatencyModel(), 1.0, CONTAINERS, {"a"})
+    assert found.cost["a"][WidthPair(8, None)] == pytest.approx(2 * found.cost["a"][WidthPair(8, 8)])
+    assert found.cost["b"][WidthPair(8, None)] != pytest.approx(2 * found.cost["b"][WidthPair(8, 8)])
 
 
 def test_a_joint_average_counts_a_shared_tensor_once() -> None:

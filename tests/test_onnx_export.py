@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -165,3 +166,15 @@ def test_a_graph_that_shrank_below_the_limit_takes_its_constants_along(
     assert [path.name for path in (tmp_path / "small").iterdir()] == ["model.onnx"]
     session = ort.InferenceSession(str(tmp_path / "small" / "model.onnx"))
     assert np.array_equal(session.run(None, {"x": weight})[0], bias + 1)
+
+
+def test_constants_are_described_by_their_tensors_alone(plain: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model = ir.load(plain[1])
+    before = {name: (value.dtype, value.shape) for name, value in model.graph.initializers.items()}
+    save_model(model, tmp_path / "again.onnx")
+    document = onnx.load(tmp_path / "again.onnx")
+    assert before
+    assert {value.name for value in document.graph.value_info}.isdisjoint(before)
+    assert {name: (value.dtype, value.shape) for name, value in model.graph.initializers.items()} == before
+    again = ir.load(tmp_path / "again.onnx")
+    assert {name: (value.dtype, value.shape) for name, value in again.graph.initializers.items()} == before

@@ -23,8 +23,8 @@ from calib.sampling import TIMESTEP, CalibrationSet
 from calib.second_order import refinable, refine_weights
 from calib.step_ranges import step_ranges
 from calib.timestep_table import CLUSTER, PER_STEP, clustered, equal_groups, per_step, used_rows
-from dmqexport.errors import RecipeError
 from dmqexport.models.sampling import sample_images
+from dmqexport.pipeline_checks import no_remainder
 from dmqexport.pipeline_drawn import Drawing
 from dmqexport.pipeline_parts import Progress, chunks, make_parts
 from dmqexport.quant_plan import WEIGHT_CODES, Allocation, ChannelFold, QuantPlan, QuantWeights
@@ -323,10 +323,7 @@ class Calibration(Drawing):
         eight = [name for name, item in bits.items() if item.widths is not None and item.widths.activation == MAX_BITS]
         for pattern in chosen or ():
             if not any(fnmatchcase(name, pattern) for name in eight):
-                raise RecipeError(
-                    f"quantization.remainder: {pattern!r} matches no layer with 8-bit activations",
-                    hint="quantization.overrides gives layers 8 bits, for example {conv_in: w4a8}",
-                )
+                raise no_remainder(pattern)
         return tuple(name for name in eight if any(fnmatchcase(name, pattern) for pattern in patterns))
 
     @cached_property

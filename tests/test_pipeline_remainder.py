@@ -1,19 +1,24 @@
 """Which activations get a second product: those that the recipe names, then the best error for their work."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from calib.freeze import LayerBits
 from calib.probe import LayerInfo
 from dmqexport.errors import RecipeError
+from dmqexport.models.loading import LoadedModel
 from dmqexport.pipeline_calibrate import Calibration
+from dmqexport.pipeline_checks import check_recipe
 from dmqexport.pipeline_remainder import Remaindering
 from dmqexport.quant_plan import LayerOp
 from dmqexport.quant_types import BitWidths
+from dmqexport.recipe import load_recipe
 
 
 def info(name: str, source: str, macs: int) -> LayerInfo:
@@ -105,3 +110,28 @@ def test_a_pattern_of_the_recipe_without_8_bit_activations_is_refused(pattern: s
     with pytest.raises(RecipeError, match=f"quantization.remainder: '{pattern}' matches no layer with 8-bit") as caught:
         named((pattern,), {"conv_in": "w8a8", "conv_4": "w4a4", "light": "w4a16"})
     assert caught.value.hint is not None
+
+
+@pytest.mark.parametrize(
+    ("bits", "extra", "refused"),
+    [
+        ("w4a4", (), True),
+        ("w4a4", ("quantization.overrides={mid*: w4a8}",), False),
+        ("w4a4", ("allocation.mixed=true",), False),
+        ("w4a4", ("allocation.mixed=true", "allocation.activation_bits=[3, 4]"), True),
+        ("w8a8", (), False),
+        ("w8a8", ("quantization.overrides={mid*: w8a4}",), True),
+        ("w4a16", (), True),
+    ],
+)
+def test_a_pattern_that_no_8_bits_can_match_is_refused_before_calibration(
+    bits: str, extra: tuple[str, ...], refused: bool
+) -> None:
+    recipe = load_recipe(None, {"model": "emoji", "bits": bits}, ["quantization.remainder=[mid*]", *extra])
+    parts = nn.ModuleDict({"conv_in": nn.Conv2d(4, 4, 1), "mid": nn.Linear(4, 4)})
+    model = SimpleNamespace(
+        num_train_timesteps=1000, denoiser=parts, name="a model", family=SimpleNamespace(boundary=("conv_in",)),
+        default_prompts=(),
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match="no layer with 8-bit") if refused else nullcontext():
+        check_recipe(recipe, cast("LoadedModel", model))

@@ -1,7 +1,7 @@
 """From a budget to the widths of every layer: quantizers at all widths, sensitivities, allocation; each a stage."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -120,8 +120,7 @@ class Allocating(Drafting):
             assert bits.widths is not None
             named, offered = info.name in self._named_remainders, info.name in self.doubled
             if bits.reason:
-                widths = bits.widths
-                own, twice = WidthPair(widths.weight, widths.activation), WidthPair(widths.weight, None)
+                own, twice = (WidthPair(bits.widths.weight, at) for at in (bits.widths.activation, None))
                 found[info.name] = (twice,) if named else (own, twice) if offered else (own,)
                 continue
             least, most = _bound(recipe.floors, info.name, 2), _bound(recipe.ceilings, info.name, 8)
@@ -132,7 +131,7 @@ class Allocating(Drafting):
                 # One that is named has its remainder where it has 8 bits.
                 narrow = [bits for bits in recipe.activation_bits if low <= bits <= high]
                 activations = [bits for bits in narrow if bits < MAX_BITS or not named]
-                activations += [None] if offered and high == MAX_BITS else []
+                activations += [None] if offered and MAX_BITS in narrow else []
             if not weights or not activations:
                 raise RecipeError(
                     f"allocation: no width is left for {info.name} between {least} and {most}",
@@ -141,28 +140,29 @@ class Allocating(Drafting):
             found[info.name] = candidate_pairs(weights, activations, separated=False)
         return found
 
-    @cached_property
-    def _named_remainders(self) -> frozenset[str]:
-        """Layers whose activations have a remainder where they have 8 bits, whatever is allocated."""
-        patterns = self.remainder_patterns
-        names = [name for name, bits in self.nominal_bits.items() if bits.widths and bits.widths.activation is not None]
-        return frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
-
-    @cached_property
-    def doubled(self) -> frozenset[str]:
-        """Layers that may have 16 activation bits. A pair of theirs without activation bits stands for that: what 16
-        bits leave of an error does not show beside the weight's."""
-        recipe = self.recipe.allocation
-        if not recipe.remainders or recipe.method == "mixdq" or self.recipe.widths.activation is None:
-            return self._named_remainders
-        overrides = self.recipe.quantization.overrides
-        return self._named_remainders | {
+    def _able(self, patterns: Sequence[str]) -> frozenset[str]:
+        """Layers matched by `patterns` that may have a remainder: free to choose their bits, or given 8 by name."""
+        return frozenset(
             name
             for name, bits in self.nominal_bits.items()
             if bits.widths is not None
+            and bits.widths.activation is not None
             and (not bits.reason or bits.widths.activation == MAX_BITS)
-            and not any(fnmatchcase(name, pattern) for pattern in overrides)
-        }
+            and any(fnmatchcase(name, pattern) for pattern in patterns)
+        )
+
+    @cached_property
+    def _named_remainders(self) -> frozenset[str]:
+        """Layers whose activations have a remainder where they have 8 bits, whatever is allocated."""
+        return self._able(self.remainder_patterns)
+
+    @cached_property
+    def doubled(self) -> frozenset[str]:
+        """Layers that may have 16 activation bits: what a pair of theirs without any stands for, being as exact."""
+        recipe = self.recipe.allocation
+        if not recipe.remainders or recipe.method == "mixdq":
+            return self._named_remainders
+        return self._named_remainders | (self._able("*") - self._able(tuple(self.recipe.quantization.overrides)))
 
     @property
     def _pinned(self) -> set[str]:

@@ -86,6 +86,18 @@ def test_layers_may_be_given_16_activation_bits_and_the_average_counts_them(tiny
     assert len(twice) < len(found["layers"])
 
 
+def test_an_override_decides_about_the_named_remainder_of_its_layer(tiny_plain: Path, work: Path) -> None:
+    asked = ("--set", "quantization.overrides={conv_in: w8a4}")
+    found = document(plan(tiny_plain, work, "--bits", "w5a6", "--mixed", *asked))
+    first = next(layer for layer in found["layers"] if layer["name"] == "conv_in")
+    assert (first["weight_bits"], first["mean_activation_bits"]) == (8, 4)
+    first = next(
+        layer for layer in document(plan(tiny_plain, work, "--bits", "w5a6", "--mixed"))["layers"]
+        if layer["name"] == "conv_in"
+    )  # fmt: skip
+    assert (first["weight_bits"], first["mean_activation_bits"]) == (8, 16)
+
+
 def test_another_budget_reuses_what_was_measured(tiny_plain: Path, work: Path) -> None:
     plan(tiny_plain, work, "--bits", "w5a6", "--mixed")
     answer = plan(tiny_plain, work, "--bits", "w6a7", "--mixed")

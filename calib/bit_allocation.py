@@ -29,6 +29,17 @@ def uniform(
                     f"quantization.{label}: {pattern!r} matches no layer of the model",
                     hint=f"layers are named like {', '.join(names[:3])}",
                 )
+    return named_widths(names, bits, boundary, overrides, keep_float)
+
+
+def named_widths(
+    names: Sequence[str],
+    bits: BitWidths,
+    boundary: Sequence[str],
+    overrides: Mapping[str, BitWidths],
+    keep_float: Sequence[str],
+) -> dict[str, LayerBits]:
+    """What `uniform` gives layers of these names; patterns that match none of them are passed over."""
     chosen: dict[str, LayerBits] = {}
     for name in names:
         entry = LayerBits(bits)

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from calib.bit_allocation import named_widths
 from calib.timestep_table import PER_STEP
 from dmqexport.errors import RecipeError
 from dmqexport.models.loading import LoadedModel
@@ -39,8 +40,7 @@ def check_recipe(recipe: Recipe, model: LoadedModel) -> None:
                     f"quantization.{key}: {pattern!r} matches no layer of {model.name}",
                     hint=f"layers are named like {', '.join(names[:3])}; patterns are shell globs over whole names",
                 )
-    boundary = model.family.boundary if quantization.boundary is None else quantization.boundary
-    eight = [name for name in names if _may_have_8_bits(recipe, boundary, name)]
+    eight = _maybe_8_bits(recipe, names, model.family.boundary)
     for pattern in quantization.remainder or ():
         if not any(fnmatchcase(name, pattern) for name in eight):
             raise no_remainder(pattern)
@@ -51,15 +51,20 @@ def check_recipe(recipe: Recipe, model: LoadedModel) -> None:
         )
 
 
-def _may_have_8_bits(recipe: Recipe, boundary: Sequence[str], name: str) -> bool:
-    """Whether a layer's activation may get 8 bits, as far as the recipe alone can tell."""
-    allocation = recipe.allocation
-    found = recipe.widths.activation == MAX_BITS or (allocation.allocates and MAX_BITS in allocation.activation_bits)
-    found = recipe.widths.activation is not None and (found or any(fnmatchcase(name, pattern) for pattern in boundary))
-    for pattern, text in recipe.quantization.overrides.items():
-        if fnmatchcase(name, pattern):
-            found = BitWidths.parse(text).activation == MAX_BITS
-    return found
+def _maybe_8_bits(recipe: Recipe, names: Sequence[str], boundary: Sequence[str]) -> list[str]:
+    """Layers whose activations may get 8 bits, as far as the recipe alone can tell."""
+    quantization, allocation = recipe.quantization, recipe.allocation
+    boundary = boundary if quantization.boundary is None else quantization.boundary
+    overrides = {pattern: BitWidths.parse(text) for pattern, text in quantization.overrides.items()}
+    chosen = named_widths(names, recipe.widths, boundary, overrides, quantization.keep_float)
+    free = allocation.allocates and MAX_BITS in allocation.activation_bits
+    return [
+        name
+        for name, item in chosen.items()
+        if item.widths is not None
+        and item.widths.activation is not None
+        and (item.widths.activation == MAX_BITS or (free and not item.reason))
+    ]
 
 
 def no_remainder(pattern: str) -> RecipeError:

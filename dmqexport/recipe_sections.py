@@ -31,7 +31,7 @@ class Section(BaseModel):
             kind = cls.model_fields[name].annotation if name in cls.model_fields else None
             if value is None and isinstance(kind, type) and issubclass(kind, Section):
                 continue
-            if isinstance(value, bool) and kind is not bool:
+            if isinstance(value, bool) and kind not in (bool, None):  # None: an unknown key, which is told as such
                 raise BooleanError(name, value)
             kept[name] = value
         return kept

@@ -175,3 +175,9 @@ def test_remainders_are_those_of_the_sample_unless_told() -> None:
         "conv_in",
     )
     assert load("quantization.remainder_share=0").quantization.remainder_share == 0
+
+
+@pytest.mark.parametrize("value", ["true", "no", "1"])
+def test_a_misspelt_key_is_told_as_such_whatever_its_value(value: str) -> None:
+    with pytest.raises(RecipeError, match="unknown recipe key 'allocation.remainder'"):
+        load_recipe(None, {"model": "emoji"}, [f"allocation.remainder={value}"])

@@ -179,5 +179,5 @@ def test_remainders_are_those_of_the_sample_unless_told() -> None:
 
 @pytest.mark.parametrize("value", ["true", "no", "1"])
 def test_a_misspelt_key_is_told_as_such_whatever_its_value(value: str) -> None:
-    with pytest.raises(RecipeError, match="unknown recipe key 'allocation.remainder'"):
+    with pytest.raises(RecipeError, match=r"unknown recipe key 'allocation\.remainder'"):
         load_recipe(None, {"model": "emoji"}, [f"allocation.remainder={value}"])

@@ -27,6 +27,8 @@ OPSET = 21
 OUTPUT_NAME = "out_sample"
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _INLINE_LIMIT = 64 * 2**20  # protobuf stops at 2 GB and copies several times; stay far below, memory-map the rest
+# Tensors beside a graph are not read while shapes are inferred, and a Split by sizes, 8 bytes a part, needs them.
+_INLINE_TENSOR = 2**16
 
 _STAND_IN_BYTES = 2**20  # of the smallest weight that a model may leave out
 
@@ -143,7 +145,7 @@ def save_model(model: ir.Model, path: Path) -> None:
     size = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
     with _described_once(initializers):
         if size > _INLINE_LIMIT:
-            ir.save(model, path, external_data=f"{path.name}.data")
+            ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE_TENSOR)
         else:
             ir.save(ir.external_data.load_to_model(model), path)  # what was read from beside another graph comes along
 

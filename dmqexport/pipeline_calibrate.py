@@ -52,7 +52,7 @@ STAGE_VERSIONS = {
     "sampler": 2,
     "export": 2,
     "tuning": 2,
-    "passes": 10,
+    "passes": 11,
     "compile": 1,
     "reference": 1,
     "features": 1,

@@ -160,6 +160,7 @@ def test_a_graph_that_shrank_below_the_limit_takes_its_constants_along(
     (tmp_path / "small").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(onnx_export, "_INLINE_LIMIT", 100)
+        patch.setattr(onnx_export, "_INLINE_TENSOR", 100)
         save_model(model, tmp_path / "float" / "model.onnx")
     save_model(ir.load(tmp_path / "float" / "model.onnx"), tmp_path / "small" / "model.onnx")
     assert (tmp_path / "float" / "model.onnx.data").is_file()
@@ -178,3 +179,25 @@ def test_constants_are_described_by_their_tensors_alone(plain: tuple[nn.Module, 
     assert {name: (value.dtype, value.shape) for name, value in model.graph.initializers.items()} == before
     again = ir.load(tmp_path / "again.onnx")
     assert {name: (value.dtype, value.shape) for name, value in again.graph.initializers.items()} == before
+
+
+def test_the_parts_of_a_split_stay_in_the_graph_whose_weights_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime infers shapes before it reads what lies beside a graph, and refuses sizes that it cannot see."""
+    monkeypatch.setattr(onnx_export, "_INLINE_LIMIT", 0)
+    parts = [2] * 64  # 512 bytes, above the usual least size of what is stored outside
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[1, 128] x) => (float[1, 2] y) {{
+            {", ".join(f"p{index}" for index in range(64))} = Split <axis = 1> (x, sizes)
+            y = Identity (p63)
+        }}"""
+    model = ir.from_onnx_text(text)
+    sizes = next(value for value in model.graph[0].inputs if value is not None and value.name == "sizes")
+    sizes.const_value = ir.tensor(np.array(parts), name="sizes")
+    model.graph.register_initializer(sizes)
+    path = tmp_path / "model.onnx"
+    save_model(model, path)
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    values = np.arange(128, dtype=np.float32).reshape(1, 128)
+    assert session.run(None, {"x": values})[0].tolist() == [[126.0, 127.0]]

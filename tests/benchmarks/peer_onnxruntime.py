@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from peer_job import Arrays, Job, RefusedError, Result, main
 
 PACKAGES = {"onnxruntime": "onnxruntime", "onnx": "onnx", "sympy": "sympy"}
-BATCH = 32
+BATCH = 8  # every activation of a call is an output of the graph that calibration runs
 #: Histograms keep every activation of every call in memory until the last one.
 MOST_FOR_HISTOGRAMS = 128
 

@@ -27,7 +27,7 @@ OPSET = 21
 OUTPUT_NAME = "out_sample"
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _INLINE_LIMIT = 64 * 2**20  # protobuf stops at 2 GB and copies several times; stay far below, memory-map the rest
-# Tensors beside a graph are not read while shapes are inferred, and a Split by sizes, 8 bytes a part, needs them.
+# Smaller tensors stay in the graph: shape inference reads nothing beside it, and needs the sizes of a Split's parts.
 _INLINE_TENSOR = 2**16
 
 _STAND_IN_BYTES = 2**20  # of the smallest weight that a model may leave out
@@ -145,9 +145,20 @@ def save_model(model: ir.Model, path: Path) -> None:
     size = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
     with _described_once(initializers):
         if size > _INLINE_LIMIT:
+            _bring_in_small(initializers)
             ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE_TENSOR)
         else:
             ir.save(ir.external_data.load_to_model(model), path)  # what was read from beside another graph comes along
+
+
+def _bring_in_small(initializers: Sequence[ir.Value]) -> None:
+    """Copy small tensors from beside the graph that the model was read from. onnx_ir would, and then close the file,
+    which it cannot while an array of any of its tensors is in use.
+    """
+    for value in initializers:
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= _INLINE_TENSOR:
+            value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 
 @contextmanager

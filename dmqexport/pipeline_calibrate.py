@@ -50,7 +50,7 @@ STAGE_VERSIONS = {
     "network": 4,
     "trajectory-ends": 1,
     "sampler": 2,
-    "export": 3,
+    "export": 2,
     "tuning": 2,
     "passes": 11,
     "compile": 1,

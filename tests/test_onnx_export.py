@@ -201,3 +201,28 @@ def test_the_parts_of_a_split_stay_in_the_graph_whose_weights_do_not(
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     values = np.arange(128, dtype=np.float32).reshape(1, 128)
     assert session.run(None, {"x": values})[0].tolist() == [[126.0, 127.0]]
+
+
+def test_what_another_graph_kept_outside_comes_in_while_an_array_of_it_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "_INLINE_LIMIT", 0)
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[64] x) => (float[64] y) { y = Add(x, bias) }"""
+    model = ir.from_onnx_text(text)
+    bias = next(value for value in model.graph[0].inputs if value is not None and value.name == "bias")
+    bias.const_value = ir.tensor(np.arange(64, dtype=np.float32), name="bias")
+    model.graph.register_initializer(bias)
+    (tmp_path / "one").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_export, "_INLINE_TENSOR", 100)
+        save_model(model, tmp_path / "one" / "model.onnx")
+    assert (tmp_path / "one" / "model.onnx.data").stat().st_size
+    read = ir.load(tmp_path / "one" / "model.onnx")
+    tensor = read.graph.initializers["bias"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    in_use = tensor.numpy()
+    path = tmp_path / "model.onnx"
+    save_model(read, path)
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.zeros(64, dtype=np.float32)})[0].tolist() == list(range(64))
+    assert in_use[-1] == 63

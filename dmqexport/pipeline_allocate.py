@@ -15,7 +15,6 @@ from calib.allocation_search import Found, search
 from calib.candidates import Candidates, WidthPair
 from calib.freeze import LayerBits
 from calib.joint_distortion import measure_joint, measure_marginals
-from calib.metrics import PICTURE
 from calib.observer import load_statistics
 from calib.probe import LayerInfo
 from calib.rate import (
@@ -266,8 +265,7 @@ class Allocating(Drafting):
             "candidates": self._candidates_record.fingerprint,
             "pairs": {name: [str(pair) for pair in pairs] for name, pairs in asked.items()},
             "sensitivity": recipe.sensitivity,
-            "metric": recipe.metric,
-            **({"step_weights": self.step_errors.training_weights} if recipe.metric == PICTURE else {}),
+            **self.metric_key,
             "entries": recipe.entries,
             "probes": recipe.probes if recipe.sensitivity == "sketch" else None,
             "batch_size": self.recipe.calibration.batch_size,
@@ -276,10 +274,11 @@ class Allocating(Drafting):
 
         def build(folder: Path) -> None:
             metric, progress = self._metric, self.workspace.reporter.progress
-            size = min(self._batch_size, len(self._entries))
             with self.workspace.partial("sensitivity", key) as scratch:
-                journal = scratch / "parts.jsonl"
-                if recipe.sensitivity == "exact":
+                exact = recipe.sensitivity == "exact"
+                size = min(self._batch_size if exact else self.sketch_batch, len(self._entries))
+                journal = scratch / f"parts-by-{size}.jsonl"
+                if exact:
                     table = measure_exact(
                         self.model.denoiser, candidates, asked, self._entries, self._judged, metric, size, journal,
                         progress, self.workspace.ranks,

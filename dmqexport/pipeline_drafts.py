@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from calib.metrics import PICTURE, Metric, metric_named
 from calib.network_distill import guidance_pairs, guided_error
 from calib.sampling import TIMESTEP, CalibrationSet, timestep_keys
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS, Calibration
+from dmqexport.pipeline_size import sketch_within
 from dmqexport.pipeline_steps import StepErrors, measure_step_errors
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
 from dmqexport.workspace import StageRecord
@@ -78,9 +80,22 @@ class Drafting(Calibration):
         return metric_named(self.recipe.allocation.metric)
 
     @property
+    def metric_key(self) -> dict[str, Any]:
+        """What a stage that judges by it depends on; measured here, before anything watches the denoiser run."""
+        metric = self.recipe.allocation.metric
+        weighed = {"step_weights": self.step_errors.training_weights} if metric == PICTURE else {}
+        return {"metric": metric, **weighed}
+
+    @property
     def _batch_size(self) -> int:
         """Of whole calls."""
         return max(1, self.batch_size // self._halves) * self._halves
+
+    @property
+    def sketch_batch(self) -> int:
+        """Of whole calls, as many as a sketch has memory for: it holds gradients at every layer's output."""
+        fits = sketch_within(self._batch_size, self.footprint, self.recipe.allocation.probes, self.working_bytes)
+        return max(1, fits // self._halves) * self._halves
 
     @cached_property
     def _halves(self) -> int:

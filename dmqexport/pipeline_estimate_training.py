@@ -1,7 +1,7 @@
 """What drafts, allocation and training take: the stages between statistics and graphs that only some recipes have."""
 
 from dmqexport.pipeline_estimate_work import FLOAT, Work, kept_calls
-from dmqexport.pipeline_size import TORCH_SHARE
+from dmqexport.pipeline_size import TORCH_SHARE, sketch_bytes, sketch_within
 from dmqexport.quant_types import MAX_BITS
 from dmqexport.recipe_training import BlockTrainingRecipe, NetworkTrainingRecipe
 
@@ -84,6 +84,15 @@ class ChoiceEstimate(Work):
         share, activation = self.recipe.quantization.remainder_share, self.recipe.widths.activation
         return share > 0 and activation == MAX_BITS and not self.allocates
 
+    @property
+    def _sketch_batch(self) -> int:
+        return sketch_within(self.batch, self.cost, self.recipe.allocation.probes, self.plan.working)
+
+    @property
+    def sketched(self) -> int:
+        """Memory of a sketch's activations and gradients."""
+        return self._sketch_batch * sketch_bytes(self.cost, self.recipe.allocation.probes)
+
     def remainders(self) -> None:
         """Quantizers at 8 bits, and a sketch of what the error of each activation costs."""
         if not self.remains:
@@ -92,7 +101,7 @@ class ChoiceEstimate(Work):
         searched = self.weight_search(MAX_BITS) + self.activation_search(MAX_BITS) + self.coding()
         a_pair = cost.macs / speed.macs + 3 * (1 + recipe.probes) * cost.output_bytes / speed.copied
         seconds = recipe.entries * (a_pair + recipe.probes * 2 * self.forward + self.quantizing) + searched
-        memory = self.resident + self.weights + self.batch * (3 + recipe.probes) * 2 * cost.output_bytes
+        memory = self.resident + self.weights + self.sketched
         self.add("remainders", seconds, 2 * recipe.entries, memory)
 
     # Allocation
@@ -114,12 +123,12 @@ class ChoiceEstimate(Work):
         products = cost.macs / speed.macs
         outputs = cost.output_bytes / FLOAT
         # Probes are multiplied with every pair's output and summed; single operators, each with its own memory.
-        memory = self.resident + self.weights + self.batch * (3 + recipe.probes) * 2 * cost.output_bytes
+        memory = self.resident + self.weights + self.sketched
         if recipe.sensitivity == "sketch":
             a_pair = products + 3 * FLOAT * (1 + recipe.probes) * outputs / speed.copied
             seconds = recipe.entries * (pairs * a_pair + recipe.probes * 2 * self.forward)
             seconds += recipe.entries * len(widths) * self.quantizing
-            seconds += -(-recipe.entries // self.batch) * pairs * 12 * len(cost.layers) * speed.call
+            seconds += -(-recipe.entries // self._sketch_batch) * pairs * 12 * len(cost.layers) * speed.call
             self.add("sensitivity", seconds, 2 * recipe.entries, memory)
         else:  # every layer at every pair, what lies downstream of it
             runs = recipe.entries * len(cost.layers) * pairs / 2

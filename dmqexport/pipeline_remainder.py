@@ -45,8 +45,7 @@ class Remaindering(Allocating):
             "named": sorted(named),
             "share": recipe.quantization.remainder_share,
             "range": recipe.quantization.range,
-            "metric": recipe.allocation.metric,
-            **({"step_weights": self.step_errors.training_weights} if self._halves > 1 else {}),
+            **self.metric_key,
             "entries": len(entries),
             "probes": recipe.allocation.probes,
             "seed": recipe.seed,
@@ -66,10 +65,11 @@ class Remaindering(Allocating):
                         timestep_scale=self.model.family.timestep_scale,
                     )  # fmt: skip
                     making.rename(prepared)
+                size = min(self.sketch_batch, len(entries))
                 table = measure_sketch(
                     self.model.denoiser, Candidates(prepared, (MAX_BITS,)), asked, entries, self._judged, self._metric,
-                    min(self._batch_size, len(entries)), recipe.allocation.probes, recipe.seed,
-                    scratch / "parts.jsonl", progress, self.workspace.ranks,
+                    size, recipe.allocation.probes, recipe.seed, scratch / f"parts-by-{size}.jsonl", progress,
+                    self.workspace.ranks,
                 )  # fmt: skip
             errors = {name: table.distortion[name][_WIDTH] for name in asked}
             if self.workspace.ranks.rank == 0:

@@ -34,6 +34,18 @@ def batch_within(most: int, footprint: Footprint | None, memory: int = WORKING_B
     return max(1, min(most, memory // (TORCH_SHARE * footprint.live_bytes)))
 
 
+def sketch_bytes(footprint: Footprint, probes: int) -> int:
+    """Memory of a sketch of sensitivities for one sample: every layer's input, output and graph, a gradient a probe."""
+    return 2 * (3 + probes) * footprint.output_bytes
+
+
+def sketch_within(most: int, footprint: Footprint | None, probes: int, memory: int = WORKING_BYTES) -> int:
+    """Samples at once, at most `most`, that a sketch fits into `memory` bytes."""
+    if footprint is None:
+        return most
+    return max(1, min(most, memory // max(sketch_bytes(footprint, probes), 1)))
+
+
 def validation_size(
     recipe: ValidationRecipe, footprint: Footprint | None, calls: int, memory: int = WORKING_BYTES
 ) -> ValidationSize:

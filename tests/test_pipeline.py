@@ -270,9 +270,11 @@ def test_second_build_reuses_everything_and_replaces_the_bundle(plain_bundle: Bu
     assert (output / "dmqexport" / "manifest.json").read_bytes() == before
 
 
-def test_remainders_are_chosen_once_within_their_share(tiny_plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("metric", ["ssim+mse", "picture"])
+def test_remainders_are_chosen_once_within_their_share(metric: str, tiny_plain: Path, tmp_path: Path) -> None:
     """The layer that reads the sample has one anyway; the others take no more of the work than the recipe grants."""
     arguments = ("--bits", "w8a8", "--set", "quantization.remainder_share=0.1", "--set", "allocation.entries=8")
+    arguments = (*arguments, "--set", f"allocation.metric={metric}")
     answer = build(tiny_plain, tmp_path / "out", tmp_path / "work", *arguments)
     assert answer.code == 0, answer.err
     assert not answer.stages["remainders"]

@@ -9,7 +9,7 @@ from dmqexport.errors import ModelError, ResourceError
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_bundle import run_build
 from dmqexport.pipeline_limits import estimate_build, report_lines, working_bytes
-from dmqexport.pipeline_size import WORKING_BYTES, batch_within, validation_size
+from dmqexport.pipeline_size import WORKING_BYTES, batch_within, sketch_bytes, sketch_within, validation_size
 from dmqexport.recipe import Recipe, load_recipe
 from dmqexport.workspace import SilentReporter, Workspace
 
@@ -88,6 +88,17 @@ def test_large_models_are_judged_on_little_and_small_ones_as_ever() -> None:
     assert big.images == 1
     assert 2 <= big.entries < 20
     assert 1 <= big_batch < 16
+
+
+def test_a_sketch_takes_as_many_samples_as_its_gradients_leave_memory_for() -> None:
+    from dmqexport.models.architecture import find_architecture
+
+    small, big = (find_architecture(name, random=name != "emoji", size=None).footprint for name in ("emoji", "sd14"))
+    assert sketch_within(32, small, 4) == 32
+    assert sketch_within(32, big, 4) == 1
+    assert sketch_within(32, big, 4, 3 * sketch_bytes(big, 4) + 1) == 3
+    assert sketch_bytes(big, 4) > 2 * 4 * big.output_bytes, "a gradient a probe at every output, and its graph"
+    assert sketch_within(32, None, 4) == 32
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
-from simulation_fixture import Wrapped, random_inputs, split_heads
+from simulation_models import Wrapped, random_inputs, split_heads
 from torch import Tensor, nn
 
 from dmqexport import onnx_export

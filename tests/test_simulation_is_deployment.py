@@ -15,21 +15,19 @@ from simulation_fixture import (
     ALLOWED_FLIPS,
     OUTPUT_TOLERANCE,
     Agreement,
-    DeepDenoiser,
     Exported,
     PlanSampler,
-    ShallowDenoiser,
     canonical_graph,
     export,
     float_graph,
     inputs_on_ties,
     observe_ranges,
     quantizer_taps,
-    random_inputs,
     relative_difference,
     run_graph,
     teacher_forced,
 )
+from simulation_models import DeepDenoiser, ShallowDenoiser, random_inputs
 
 from calib.bit_allocation import uniform
 from calib.freeze import freeze

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from operator_pieces import compare, draw, float_values, pieces, run_piece
-from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
+from simulation_fixture import Exported, canonical_graph, export, observe_ranges
+from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.errors import RecipeError
 from dmqexport.onnx_export import save_model

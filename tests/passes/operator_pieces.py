@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from simulation_fixture import Exported, PlanSampler, canonical_graph, random_inputs
+from simulation_fixture import Exported, PlanSampler, canonical_graph
+from simulation_models import random_inputs
 
 from dmqexport.quant_plan import LayerQuant, QuantPlan
 from dmqexport.quant_types import CENTERED_ZERO_POINT

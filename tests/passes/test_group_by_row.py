@@ -9,7 +9,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from operator_pieces import draw, draw_remainders, float_values, pieces, run_piece, tolerance
-from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
+from simulation_fixture import Exported, canonical_graph, export, observe_ranges
+from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.quant_plan import QuantPlan, QuantWeights
 from passes.base import constant_array

@@ -7,7 +7,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from operator_pieces import draw, float_values, pieces, run_piece, tolerance
-from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
+from simulation_fixture import Exported, canonical_graph, export, observe_ranges
+from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.quant_plan import QuantPlan, QuantWeights
 from passes.base import Role, role_of

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from operator_pieces import compare, draw, draw_remainders
-from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
+from simulation_fixture import Exported, canonical_graph, export, observe_ranges
+from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.errors import LoweringError
 from dmqexport.quant_plan import LayerOp, QuantWeights

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from operator_pieces import compare, cut_piece, draw, draw_remainders, float_values, pieces, run_piece, tolerance
-from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
+from simulation_fixture import Exported, canonical_graph, export, observe_ranges
+from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.errors import EngineError, LoweringError
 from dmqexport.quant_plan import QuantPlan, QuantWeights

@@ -9,7 +9,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from operator_pieces import compare, draw
-from simulation_fixture import DeepDenoiser, Exported, canonical_graph, export, observe_ranges, random_inputs
+from simulation_fixture import Exported, canonical_graph, export, observe_ranges
+from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.quant_plan import LayerOp, QuantWeights
 from passes.lower.weight_only import BLOCK_PRODUCT, LowerWeightOnly, best_block

@@ -175,7 +175,8 @@ def search_fitted(weight: Tensor, importance: Tensor, bits: int) -> RangeResult:
     columns = _spread(weight.shape[1], _FITTED_COLUMNS)
     if columns is not None:
         weight, importance = weight[:, columns], importance[columns]
-    return _by_rows(_search_fitted, weight, importance.expand_as(weight), low, high, bits)
+    search = _search_centered if bits == MAX_BITS else _search_fitted
+    return _by_rows(search, weight, importance.expand_as(weight), low, high, bits)
 
 
 def _search_fitted(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> RangeResult:

@@ -23,7 +23,7 @@ from calib.range_search import search_fitted
 from calib.sampling import TIMESTEP, CalibrationSet
 from calib.weight_dilation import scaled_columns
 from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
-from dmqexport.quant_types import MAX_BITS, CodeArray, WeightQuant
+from dmqexport.quant_types import CodeArray, WeightQuant
 
 _RIDGE = 0.1  # of the mean diagonal; pulls W* back to W where calibration says little
 _DAMPING = 0.01  # of the mean diagonal, as in the paper
@@ -48,11 +48,11 @@ def refine_weights(
 ) -> tuple[QuantPlan, dict[str, CodeArray]]:
     """Return the plan with refitted weight scales, and every weight's codes keyed `layer#segment`.
 
-    Layers at 8 bits (rounding is not their problem) and grouped convolutions keep their codes. Inputs too wide for a
-    square matrix are taken in blocks of channels, errors compensated within a block. Layers are taken in groups whose
-    moments fit `memory` bytes (one layer may exceed it), however large the model is: one pass over `calibration` each.
+    Grouped convolutions keep their codes. Inputs too wide for a square matrix are taken in blocks of channels, errors
+    compensated within a block. Layers are taken in groups whose moments fit `memory` bytes (one layer may exceed it),
+    however large the model is: one pass over `calibration` each.
     """
-    chosen = [layer for layer in plan.layers if refinable(denoiser, layer.name, layer.weight_bits)]
+    chosen = [layer for layer in plan.layers if refinable(denoiser, layer.name)]
     groups = list(_groups(denoiser, chosen, memory))
     refined: dict[str, LayerQuant] = {}
     codes: dict[str, CodeArray] = {}
@@ -75,11 +75,10 @@ def _offset(progress: Callable[[int, int], None] | None, start: int, total: int)
     return lambda count: progress(start + count, total) if progress is not None else None
 
 
-def refinable(denoiser: nn.Module, name: str, bits: int) -> bool:
+def refinable(denoiser: nn.Module, name: str) -> bool:
     """Whether `refine_weights` rounds the weight of this layer anew."""
     module = denoiser.get_submodule(name)
-    grouped = isinstance(module, nn.Conv2d) and (module.groups != 1 or isinstance(module.padding, str))
-    return bits < MAX_BITS and not grouped
+    return not (isinstance(module, nn.Conv2d) and (module.groups != 1 or isinstance(module.padding, str)))
 
 
 def _spans(denoiser: nn.Module, layer: LayerQuant, segment: Segment) -> list[tuple[int, int]]:

@@ -40,7 +40,7 @@ STAGE_VERSIONS = {
     "allocation": 2,
     "pareto": 1,
     "statistics": 3,
-    "plan": 6,
+    "plan": 7,
     "training-set": 1,
     "draft": 3,
     "step-errors": 2,
@@ -384,7 +384,7 @@ class Calibration(Drawing):
         """Layers whose weights second-order rounding rounds anew."""
         widths = {name: item.widths for name, item in self.layer_bits.items()}
         denoiser = self.model.denoiser
-        return tuple(n for n, bits in widths.items() if bits is not None and refinable(denoiser, n, bits.weight))
+        return tuple(name for name, bits in widths.items() if bits is not None and refinable(denoiser, name))
 
     def frozen(
         self,

@@ -27,8 +27,7 @@ class ChoiceEstimate(Work):
     @property
     def fits(self) -> bool:
         """Whether weights are fitted and rounded by second order."""
-        narrow = self.recipe.widths.weight < MAX_BITS or self.allocates
-        return self.recipe.quantization.rounding == "second-order" and narrow
+        return self.recipe.quantization.rounding == "second-order"
 
     @property
     def varies(self) -> bool:

@@ -108,9 +108,11 @@ class Work:
             return 2 * self.cost.weights / self.speed.candidates
 
         def candidates(layer: LayerCost) -> float:
-            if fitted and bits < MAX_BITS and layer.width > SHORT:
-                fine = FINE * min(1.0, FITTED_COLUMNS / layer.width)
-                return QUICK * min(1.0, QUICK_COLUMNS / layer.width) + fine
+            if fitted and layer.width > SHORT:
+                seen = min(1.0, FITTED_COLUMNS / layer.width)
+                if bits == MAX_BITS:
+                    return CENTERED * seen
+                return QUICK * min(1.0, QUICK_COLUMNS / layer.width) + FINE * seen
             return CENTERED if bits == MAX_BITS else COARSE * min(1.0, LONG / layer.width) + FINE
 
         return self.over_layers(lambda layer: layer.parameters * candidates(layer)) / self.speed.candidates

@@ -22,7 +22,6 @@ from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_parts import chunks, make_parts
 from dmqexport.pipeline_rows import RowAllocating
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
-from dmqexport.quant_types import MAX_BITS
 from dmqexport.recipe_training import RatesRecipe
 from dmqexport.workspace import StageRecord
 
@@ -111,11 +110,7 @@ class Training(RowAllocating):
     def _refining_shares(self) -> list[float] | None:
         """How much each step weighs in the fit, sum 1; None: as they come."""
         quantization = self.recipe.quantization
-        # 8-bit weights are not fitted; weighing steps samples pictures.
-        fitted = quantization.rounding == "second-order" and (
-            self.recipe.widths.weight < MAX_BITS or self.recipe.allocation.allocates
-        )
-        if quantization.row_bits != "measured" or not fitted:
+        if quantization.row_bits != "measured" or quantization.rounding != "second-order":
             return None
         shares = self.step_errors.shares
         return [0.5 * share + 0.5 / len(shares) for share in shares]

@@ -170,9 +170,11 @@ def test_what_is_asked_for_more_takes_longer(cost: Footprint) -> None:
     plain, more = (stages_of(cost, "fast", **{"quantization.refine_entries": count}) for count in (512, 2048))
     assert more["plan"].forward_seconds == pytest.approx(4 * plain["plan"].forward_seconds)
     assert more["plan"].seconds < 4 * plain["plan"].seconds, "weights are fitted once"
-    eight = stages_of(cost, "fast", bits="w8a8")
-    assert eight["plan"].forward_seconds == 0
-    assert eight["plan"].seconds < plain["plan"].seconds, "weights of 8 bits are searched and not fitted"
+    eight = stages_of(cost, "fast", bits="w8a8", **{"quantization.refine_entries": 512})
+    assert eight["plan"].forward_seconds == plain["plan"].forward_seconds, "weights of 8 bits are fitted too"
+    nearest = stages_of(cost, "fast", **{"quantization.rounding": "nearest"})
+    assert nearest["plan"].forward_seconds == 0
+    assert nearest["plan"].seconds < plain["plan"].seconds, "they are searched and not fitted"
     short, long = (stages_of(cost, "full", **{"training.sampler.iterations": count}) for count in (100, 200))
     assert long["sampler"].seconds > 1.8 * short["sampler"].seconds
     spared = stages_of(cost, "full", **{"training.sampler.recompute": True})

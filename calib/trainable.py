@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.observer import scaled_operands
-from calib.optimizer import ParameterGroup, StepOptimizer
+from calib.optimizer import MatrixOptimizer, ParameterGroup, StepOptimizer
 from calib.probe import ProbeResult
 from calib.quantizer import RowContext, swapped
 from calib.trainable_table import Tables, TrainableActivation
@@ -27,8 +27,8 @@ from dmqexport.quant_types import CodeArray
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of Adam. weights and adapter: of the layer's mean 4-bit scale; rounding: of the
-    rounding variable; weight_scales and scales: relative; zero_points: in codes; biases: as they are.
+    """Learning rates of Adam, which Muon's are made of. weights and adapter: of the layer's mean 4-bit scale; rounding:
+    of the rounding variable; weight_scales and scales: relative; zero_points: in codes; biases: as they are.
     """
 
     weights: float = 2.5e-3
@@ -43,13 +43,15 @@ class Rates:
 @dataclass(frozen=True)
 class TrainOptions:
     """What is trained. weights: `none`, `full` (the float weight behind the codes), `rounding` (up or down, AdaRound),
-    `adapter` (a low-rank update of the dequantized weight, QALoRA); rank: of the adapter."""
+    `adapter` (a low-rank update of the dequantized weight, QALoRA); rank: of the adapter; optimizer: of the float
+    weights of `full`."""
 
     weights: WeightMode = "full"
     weight_scales: bool = True
     activations: bool = True
     biases: bool = True
     rank: int = 32
+    optimizer: MatrixOptimizer = "adam"
     rates: Rates = field(default_factory=Rates)
 
 
@@ -185,7 +187,7 @@ class TrainableModel:
             yield from attention.quantizers.values()
 
     def optimizer(self, names: Collection[str] | None, steps: int) -> StepOptimizer:
-        """Adam over the parameters of these layers (None: all) and the tables, with a cosine to zero over `steps`.
+        """What trains the parameters of these layers (None: all) and the tables, with a cosine to zero over `steps`.
 
         A table moves where a gradient reaches it: those of one block when only that block runs, all of them when the
         whole network does, whatever `names` says.
@@ -205,7 +207,7 @@ class TrainableModel:
             for kind, rate in (("scale", rates.scales), ("zero_point", rates.zero_points)):
                 sparse.append(ParameterGroup([self.tables.get_parameter(f"{kind}_rows")], rate))
                 groups.append(ParameterGroup([self.tables.get_parameter(f"{kind}_single")], rate))
-        return StepOptimizer(groups, sparse, steps)
+        return StepOptimizer(groups, sparse, steps, self.options.optimizer)
 
     def harden(self, names: Collection[str] | None = None) -> None:
         """Fix every rounding variable to up or down."""

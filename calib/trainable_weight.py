@@ -38,6 +38,7 @@ class TrainableWeight(nn.Module):
         self.levels = 2**plan.bits - 1
         self.hard = False
         self.held: Tensor | None = None
+        self.shape = original.shape
         spread = (-1, *([1] * (original.ndim - 1)))
         self.register_buffer("scale", torch.from_numpy(plan.scale.copy()).reshape(spread), persistent=False)
         self.register_buffer(
@@ -56,7 +57,8 @@ class TrainableWeight(nn.Module):
         else:
             steps = original / self.scale
             steps = torch.maximum(torch.minimum(steps, start + _EDGE), start - _EDGE)
-            self.latent = nn.Parameter(steps, requires_grad=mode == "full")
+            # A matrix [out, k], as optimizers of matrices want it.
+            self.latent = nn.Parameter(steps.flatten(1), requires_grad=mode == "full")
 
     def _start_rounding(self, original: Tensor, start: Tensor) -> None:
         steps = original / self.scale
@@ -73,7 +75,7 @@ class TrainableWeight(nn.Module):
         """What the mode trains, with learning rates in units of a 4-bit scale over its range (EfficientDM)."""
         unit = self.levels / 15
         if self.mode == "full":
-            return [ParameterGroup([self.latent], weights * unit)]
+            return [ParameterGroup([self.latent], weights * unit, matrices=True)]
         if self.mode == "rounding":
             return [ParameterGroup([self.variable], rounding)]
         if self.mode == "adapter":
@@ -107,8 +109,7 @@ class TrainableWeight(nn.Module):
     def _steps(self) -> Tensor:
         if self.mode == "adapter":
             return self.base + (self.up @ self.down).reshape(self.base.shape) / self.scale
-        latent: Tensor = self.latent
-        return latent
+        return self.latent.reshape(self.shape)
 
     def _soft(self) -> Tensor:
         return (torch.sigmoid(self.variable) * _STRETCH - _SHIFT).clamp(0, 1)

@@ -95,7 +95,7 @@ class SamplerTraining(Training):
         def build(folder: Path) -> None:
             starts = CalibrationSet.load(self.trajectory_ends.path / "starts.safetensors")
             finished = load_file(str(self.trajectory_ends.path / "finished.safetensors"))["finished"]
-            options = self.train_options(sampler.weights, sampler.rank, sampler.rates)
+            options = self.train_options(sampler.weights, sampler.rank, sampler.rates, sampler.optimizer)
             with self.trainable(before, options) as model, self.workspace.partial("sampler", key) as scratch:
                 result = distill_trajectories(
                     model,

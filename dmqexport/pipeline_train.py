@@ -7,7 +7,7 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -248,7 +248,9 @@ class Training(RowAllocating):
         plan, weights = QuantPlan.load(record.path), QuantWeights(record.path / WEIGHT_CODES)
         return trainable(self.model.denoiser, plan, weights, self.probe_result, options)
 
-    def train_options(self, weights: Any, rank: int, rates: RatesRecipe) -> TrainOptions:
+    def train_options(
+        self, weights: Any, rank: int, rates: RatesRecipe, optimizer: Literal["adam", "muon"] = "adam"
+    ) -> TrainOptions:
         """What a stage trains: its own weights and rates, and what all stages share."""
         training = self.recipe.training
         return TrainOptions(
@@ -257,6 +259,7 @@ class Training(RowAllocating):
             activations=training.activations,
             biases=training.biases,
             rank=rank,
+            optimizer=optimizer,
             rates=Rates(**rates.model_dump()),
         )
 

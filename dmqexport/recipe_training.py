@@ -10,7 +10,7 @@ from dmqexport.recipe_sections import Section, size_named
 
 
 class RatesRecipe(Section):
-    """Learning rates of Adam, each with a cosine to zero; relative to what they move, so that they fit every layer."""
+    """Learning rates of Adam, which Muon's are made of, each with a cosine to zero; relative to what they move."""
 
     weights: float = Field(default=2.5e-3, ge=0, description="of float weights, times the layer's mean 4-bit scale")
     rounding: float = Field(default=1e-2, ge=0, description="of rounding variables")
@@ -86,6 +86,9 @@ class SamplerTrainingRecipe(Section):
         default="full", description="what moves in a weight"
     )
     rank: int = Field(default=32, ge=1, description="of adapters")
+    optimizer: Literal["adam", "muon"] = Field(
+        default="muon", description="of float weights; muon: every update of a weight matrix is orthogonalized"
+    )
     recompute: bool = Field(
         default=False, description="keep one call's activations instead of all steps', for a third more time"
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from calib.bit_allocation import uniform
 from calib.freeze import freeze
 from calib.observer import Observer
+from calib.optimizer import MatrixOptimizer
 from calib.probe import ProbeResult, probe
 from calib.sampling import CalibrationSet
 from calib.timestep_table import equal_groups
@@ -112,14 +113,18 @@ def test_the_unguided_halves_come_first() -> None:
     assert torch.equal(inputs["sample"][:2], inputs["sample"][2:])
 
 
-@pytest.mark.parametrize("mode", ["full", "adapter"])
-def test_ends_get_nearer_and_the_nearest_state_is_kept(mode: str, subject: Subject) -> None:
-    result, state = subject.train(TrainOptions(weights=mode), 40)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "options",
+    [TrainOptions(), TrainOptions(optimizer="muon"), TrainOptions(weights="adapter")],
+    ids=["full", "muon", "adapter"],
+)
+def test_ends_get_nearer_and_the_nearest_state_is_kept(options: TrainOptions, subject: Subject) -> None:
+    result, state = subject.train(options, 40)
     trials = dict(result.held_out)
     assert list(trials) == [0, 5, 10, 15, 20, 25, 30, 35, 40]
     assert trials[result.kept] == min(trials.values())
     assert trials[result.kept] < trials[0] - 0.5, "at least half a decibel"
-    with trainable(subject.denoiser, subject.plan, subject.weights, subject.found, TrainOptions(weights=mode)) as model:  # type: ignore[arg-type]
+    with trainable(subject.denoiser, subject.plan, subject.weights, subject.found, options) as model:
         model.load_state(state)
         with torch.no_grad():
             pairs = torch.arange(72, 80).reshape(4, 2)
@@ -138,10 +143,12 @@ def test_training_that_only_does_harm_changes_nothing(subject: Subject) -> None:
     assert all(torch.equal(state[name], value) for name, value in untrained.items())
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_a_killed_run_goes_on_to_the_same_bits(
-    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: MatrixOptimizer, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, state = subject.train(TrainOptions(), 9)
+    options = TrainOptions(optimizer=optimizer)
+    expected, state = subject.train(options, 9)
     monkeypatch.setattr("calib.trajectory_distill._CHECKPOINT_SECONDS", -1.0)
     path, calls = tmp_path / "checkpoint.pt", 0
 
@@ -153,8 +160,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         return subject.finish(inputs)
 
     with pytest.raises(KeyboardInterrupt):
-        subject.train(TrainOptions(), 9, checkpoint=path, finish=interrupted)
-    resumed, found = subject.train(TrainOptions(), 9, checkpoint=path)
+        subject.train(options, 9, checkpoint=path, finish=interrupted)
+    resumed, found = subject.train(options, 9, checkpoint=path)
     assert resumed == expected
     assert all(torch.equal(found[name], value) for name, value in state.items())
 

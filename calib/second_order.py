@@ -53,21 +53,65 @@ def refine_weights(
     however large the model is: one pass over `calibration` each.
     """
     chosen = [layer for layer in plan.layers if refinable(denoiser, layer.name)]
-    groups = list(_groups(denoiser, chosen, memory))
     refined: dict[str, LayerQuant] = {}
     codes: dict[str, CodeArray] = {}
-    total = len(groups) * len(calibration)
-    for number, group in enumerate(groups):
-        offset = _offset(progress, number * len(calibration), total)
-        moments = _observe(denoiser, plan, group, calibration, run, batch_size, seed, offset)
-        for layer in group:
-            refined[layer.name] = _refine(denoiser, layer, moments, codes)
+    for layer, moments in _observed(denoiser, plan, chosen, calibration, run, batch_size, seed, progress, memory):
+        refined[layer.name] = _refine(denoiser, layer, moments, codes)
     for layer in plan.layers:
         for index in range(len(layer.segments)):
             key = f"{layer.name}#{index}"
             if key not in codes:
                 codes[key] = weights.codes(layer.name, index)
     return replace(plan, layers=tuple(refined.get(layer.name, layer) for layer in plan.layers)), codes
+
+
+def rounding_errors(
+    denoiser: nn.Module,
+    plan: QuantPlan,
+    widths: Mapping[str, Sequence[int]],
+    calibration: CalibrationSet,
+    run: Callable[[Mapping[str, Tensor]], object],
+    batch_size: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    memory: int = MEMORY_BYTES,
+) -> Iterator[tuple[str, dict[int, Tensor]]]:
+    """What `refine_weights` would leave at other widths: layer, and bits → rounded less refitted weight, in its shape.
+
+    widths: layer → its candidates; of layers that `refinable` says no to, nothing comes. Activations are the plan's.
+    """
+    chosen = [layer for layer in plan.layers if layer.name in widths and refinable(denoiser, layer.name)]
+    for layer, moments in _observed(denoiser, plan, chosen, calibration, run, batch_size, seed, progress, memory):
+        parts: dict[int, list[Tensor]] = {bits: [] for bits in widths[layer.name]}
+        weight = denoiser.get_submodule(layer.name).get_parameter("weight")
+        for _, part, factor, blocks in _fitted(denoiser, layer, moments):
+            fitted = torch.cat([block.weight.T for block in blocks], dim=1)
+            for bits, found in parts.items():
+                codes, qparams = _round(blocks, bits)
+                error = (codes * torch.from_numpy(qparams.scale.copy()).unsqueeze(1) - fitted).reshape(part.shape)
+                found.append(error if factor is None else scaled_columns(error, 1 / factor))
+        yield layer.name, {bits: torch.cat(found, dim=1).reshape(weight.shape) for bits, found in parts.items()}
+
+
+def _observed(
+    denoiser: nn.Module,
+    plan: QuantPlan,
+    chosen: Sequence[LayerQuant],
+    calibration: CalibrationSet,
+    run: Callable[[Mapping[str, Tensor]], object],
+    batch_size: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+    memory: int,
+) -> Iterator[tuple[LayerQuant, dict[str, Moments]]]:
+    """Every layer with the moments of its group, out of which it takes its own."""
+    groups = list(_groups(denoiser, chosen, memory))
+    total = len(groups) * len(calibration)
+    for number, group in enumerate(groups):
+        offset = _offset(progress, number * len(calibration), total)
+        moments = _observe(denoiser, plan, group, calibration, run, batch_size, seed, offset)
+        for layer in group:
+            yield layer, moments
 
 
 def _offset(progress: Callable[[int, int], None] | None, start: int, total: int) -> Callable[[int], None]:
@@ -171,21 +215,29 @@ def _refine(
     denoiser: nn.Module, layer: LayerQuant, moments: dict[str, Moments], codes: dict[str, CodeArray]
 ) -> LayerQuant:
     """The layer with refitted scales; takes its moments out of `moments`, which are the most that is in memory."""
-    weight = denoiser.get_submodule(layer.name).get_parameter("weight").detach().cpu()
     segments = []
+    for index, part, _, blocks in _fitted(denoiser, layer, moments):
+        rounded, qparams = _round(blocks, layer.segments[index].weight.bits)
+        codes[f"{layer.name}#{index}"] = rounded.reshape(part.shape).to(torch.int8).numpy()
+        segments.append(replace(layer.segments[index], weight=qparams))
+    return replace(layer, segments=tuple(segments))
+
+
+def _fitted(
+    denoiser: nn.Module, layer: LayerQuant, moments: dict[str, Moments]
+) -> Iterator[tuple[int, Tensor, Tensor | None, list["_Block"]]]:
+    """Of every segment: its index, its columns of the weight, times its channel factor, that factor, and the refit."""
+    weight = denoiser.get_submodule(layer.name).get_parameter("weight").detach().cpu()
     for index, segment in enumerate(layer.segments):
-        key = f"{layer.name}#{index}"
-        part = weight[:, segment.start : segment.stop]
+        part, factor = weight[:, segment.start : segment.stop], None
         if segment.activation is not None and segment.activation.channel_factor is not None:
-            part = scaled_columns(part, torch.from_numpy(segment.activation.channel_factor.copy()))
-        found, columns, blocks = moments.pop(key), part.flatten(1), []
+            factor = torch.from_numpy(segment.activation.channel_factor.copy())
+            part = scaled_columns(part, factor)
+        found, columns, blocks = moments.pop(f"{layer.name}#{index}"), part.flatten(1), []
         for start, stop in found.spans:
             quantized, mixed = found.pop()
             blocks.append(_fit(columns[:, start:stop], quantized, mixed))
-        rounded, qparams = _round(blocks, segment.weight.bits)
-        codes[key] = rounded.reshape(part.shape).to(torch.int8).numpy()
-        segments.append(replace(segment, weight=qparams))
-    return replace(layer, segments=tuple(segments))
+        yield index, part, factor, blocks
 
 
 @dataclass(frozen=True)

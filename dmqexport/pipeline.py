@@ -383,8 +383,8 @@ class Build(SamplerTraining):
         if self.recipe.lowering.tune not in (OFF, HOST):
             read_timings(Path(self.recipe.lowering.tune))
         for stage, action in stages.items():
-            if stage is Stage.CALIBRATE and until not in (Stage.LOAD, Stage.CALIBRATE, Stage.PLAN):
-                self.prepare_sampler()  # now, not after hours of calibration
+            if stage is Stage.CALIBRATE and until not in (Stage.LOAD, Stage.CALIBRATE):
+                self.prepare_sampler(until is not Stage.PLAN)  # now, not after hours of calibration
             action()
             if stage is until:
                 return

@@ -49,7 +49,7 @@ class Allocating(Drafting):
     """Calibration whose widths come from a budget when the recipe's `allocation.method` is not uniform."""
 
     @property
-    def layer_bits(self) -> dict[str, LayerBits]:
+    def allocated_bits(self) -> dict[str, LayerBits]:
         """The widths of every layer, allocated where a budget was given."""
         if not self.recipe.allocation.allocates:
             return self.nominal_bits
@@ -314,7 +314,7 @@ class Allocating(Drafting):
             "version": STAGE_VERSIONS["allocation"],
             "sensitivity": self.measured.fingerprint,
             "bits": self.recipe.bits,
-            "recipe": recipe.model_dump(mode="json", exclude={"pareto"}),
+            "recipe": recipe.model_dump(mode="json", exclude={"pareto", "trajectories"}),
             "containers": self.profile.weight_containers,
         }
         if recipe.latency_table is not None:  # what the file says, not where it lies

@@ -46,6 +46,7 @@ STAGE_VERSIONS = {
     "step-errors": 2,
     "row-bits": 4,
     "remainders": 1,
+    "weight-bits": 1,
     "blocks": 3,
     "network": 5,
     "trajectory-ends": 1,

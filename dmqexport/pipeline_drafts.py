@@ -14,9 +14,10 @@ from calib.freeze import LayerBits
 from calib.metrics import PICTURE, Metric, metric_named
 from calib.network_distill import guidance_pairs, guided_error
 from calib.sampling import TIMESTEP, CalibrationSet, timestep_keys
-from dmqexport.pipeline_calibrate import STAGE_VERSIONS, Calibration
+from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_size import sketch_within
 from dmqexport.pipeline_steps import StepErrors, measure_step_errors
+from dmqexport.pipeline_trajectories import Drawing
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
 from dmqexport.workspace import StageRecord
 
@@ -24,7 +25,7 @@ _PICTURES = 16
 _CALL = "call"
 
 
-class Drafting(Calibration):
+class Drafting(Drawing):
     """Calibration that can measure errors before anything is allocated, refined or trained."""
 
     def draft_of(self, bits: Mapping[str, LayerBits]) -> StageRecord:

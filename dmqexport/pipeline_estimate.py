@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from calib.input_moments import displaced_pays, displaced_products, paired_products
 from dmqexport.models.footprint import Footprint, LayerCost
 from dmqexport.models.picture_features import DIMENSION
-from dmqexport.pipeline_estimate_training import ChoiceEstimate
+from dmqexport.pipeline_estimate_training import REALLOCATED_ENTRIES, REALLOCATED_PROBES, ChoiceEstimate
 from dmqexport.pipeline_estimate_work import FLOAT, PROCESS, QUICK, Plan, StageEstimate
 from dmqexport.pipeline_size import GRAPH_SHARE, ValidationSize
 from dmqexport.pipeline_speed import MachineSpeed
@@ -84,6 +84,7 @@ class _Estimator(ChoiceEstimate):
         self.row_bits()
         if self.trains_on_own:
             self.training_set()
+        self.reallocate()
         self.quantize()
         self.train()
         self.graphs(canonical, result)
@@ -141,7 +142,7 @@ class _Estimator(ChoiceEstimate):
         self.add("statistics", observed + 4 * kept / speed.written, self.entries, working + 2 * kept, kept)
 
     def quantize(self) -> None:
-        recipe, speed, cost = self.recipe, self.speed, self.cost
+        recipe, cost = self.recipe, self.cost
         widths = recipe.widths
         # Fitted weights are searched once, where they are rounded; before that their ranges are min-max.
         seconds = self.activation_search(widths.activation) + self.coding()
@@ -150,29 +151,54 @@ class _Estimator(ChoiceEstimate):
         if self.fits:
             own = recipe.quantization.refine_on == "training"
             entries = min(self.training_entries if own else self.entries, recipe.quantization.refine_entries)
-
-            def moments(layer: LayerCost) -> float:
-                batch = min(self.batch, entries)
-                positions = layer.positions * batch
-                kept = min(-(-POSITIONS * batch // entries), positions)
-                each, gathered = kept * paired_products(_block(layer)), 2.0 * kept * layer.width
-                shape = layer.weight[2:], layer.input_shape[1:]
-                if _uniform(layer) and displaced_pays(*shape, _block(layer), positions, kept):
-                    each, gathered = positions * displaced_products(*shape), 0.0
-                # Sums as large as the squares are written once a batch, which few positions do not hide.
-                passed = FLOAT * (6 * layer.width * _block(layer) + gathered) / speed.copied
-                return entries / batch * (layer.width * _block(layer) * each / speed.products + passed)
-
-            def moved(layer: LayerCost) -> float:
-                """Both inputs, quantized and padded, go through memory."""
-                return entries * (20 if layer.convolution else 12) * FLOAT * layer.inputs / speed.copied
-
-            held = self.over_layers(lambda layer: 8 * layer.width * _block(layer))
-            runs = max(1, -(-round(held) // (3 * self.plan.working // 2)))
-            seconds += self.over_layers(moments) + self.over_layers(self._fitted) + self.over_layers(moved)
+            fitting, runs, held = self._moments(entries)
+            seconds += fitting + self.over_layers(self._fitted)
             forwards = runs * entries
             memory += min(held, 1.5 * self.plan.working) + self.activations
         self.add("plan", seconds, forwards, memory, cost.weights)
+
+    def reallocate(self) -> None:
+        """Weights rounded at every width, and gradients of where trajectories end with respect to each."""
+        if not self.reallocates:
+            return
+        recipe, speed, cost, training = self.recipe.allocation, self.speed, self.cost, self.recipe.training
+        entries = min(REALLOCATED_ENTRIES, self.recipe.quantization.refine_entries)
+        fitting, runs, held = self._moments(entries)
+        widths = recipe.weight_bits
+        seconds = fitting + sum(self.weight_search(bits, fitted=True) for bits in widths)
+        seconds += len(widths) * self.over_layers(self._fitted)
+        count = min(recipe.trajectories, training.trajectories)
+        samples = count * self.plan.calls
+        seconds += samples * REALLOCATED_PROBES * 2 * self.forward
+        seconds += count * REALLOCATED_PROBES * len(widths) * 4 * FLOAT * cost.weights / speed.copied
+        kept = self.plan.calls / (self.plan.steps if training.sampler.recompute else 1)
+        memory = self.resident + 2 * self.weights
+        memory += max(min(held, 1.5 * self.plan.working) + self.activations, kept * self.saved)
+        self.add("weight-bits", seconds, runs * entries + samples, memory, len(widths) * self.weights / 2)
+
+    def _moments(self, entries: int) -> tuple[float, int, float]:
+        """(seconds beside the forwards, passes over the entries, bytes) of second moments of all that is read."""
+        speed = self.speed
+
+        def moments(layer: LayerCost) -> float:
+            batch = min(self.batch, entries)
+            positions = layer.positions * batch
+            kept = min(-(-POSITIONS * batch // entries), positions)
+            each, gathered = kept * paired_products(_block(layer)), 2.0 * kept * layer.width
+            shape = layer.weight[2:], layer.input_shape[1:]
+            if _uniform(layer) and displaced_pays(*shape, _block(layer), positions, kept):
+                each, gathered = positions * displaced_products(*shape), 0.0
+            # Sums as large as the squares are written once a batch, which few positions do not hide.
+            passed = FLOAT * (6 * layer.width * _block(layer) + gathered) / speed.copied
+            return entries / batch * (layer.width * _block(layer) * each / speed.products + passed)
+
+        def moved(layer: LayerCost) -> float:
+            """Both inputs, quantized and padded, go through memory."""
+            return entries * (20 if layer.convolution else 12) * FLOAT * layer.inputs / speed.copied
+
+        held = self.over_layers(lambda layer: 8 * layer.width * _block(layer))
+        runs = max(1, -(-round(held) // (3 * self.plan.working // 2)))
+        return self.over_layers(moments) + self.over_layers(moved), runs, held
 
     def _fitted(self, layer: LayerCost) -> float:
         """Seconds of refitting a layer's weight and rounding it, its moments given."""

@@ -7,6 +7,7 @@ from dmqexport.recipe_training import BlockTrainingRecipe, NetworkTrainingRecipe
 
 PICTURES, STEP_CALLS, OFFSETS = 16, 16, 5  # dmqexport/pipeline_drafts.py, dmqexport/pipeline_rows.py
 JUDGES, SHIFTS = 4, 7  # dmqexport/pipeline_allocate.py
+REALLOCATED_PROBES, REALLOCATED_ENTRIES = 2, 2048  # dmqexport/pipeline_reallocate.py
 TRAINING_TRAJECTORIES = 512  # dmqexport/pipeline_train.py
 TRIALS = 9  # calib/trajectory_distill.py, the untrained state among them
 _GRADED = 40  # times that a value goes through memory while it is quantized and its gradient found
@@ -143,6 +144,11 @@ class ChoiceEstimate(Work):
             points = SHIFTS + (len(widths) if activation is not None else 0)
             self.add("pareto", points * judged * self.quantizing, 2 * points * judged, memory)
 
+    @property
+    def reallocates(self) -> bool:
+        """Whether weights' bits are allocated again (dmqexport/pipeline_reallocate.py)."""
+        return self.allocates and self.recipe.allocation.trajectories > 0
+
     # Training
 
     @property
@@ -162,6 +168,11 @@ class ChoiceEstimate(Work):
         )  # fmt: skip
 
     @property
+    def saved(self) -> float:
+        """Bytes that a forward keeps of one sample for its gradient."""
+        return _SAVED * (FLOAT * self.cost.input_values + self.cost.output_bytes)
+
+    @property
     def graded(self) -> float:
         """Seconds of one sample forth and back through the quantized model."""
         values = self.cost.input_values
@@ -175,7 +186,7 @@ class ChoiceEstimate(Work):
     def train(self) -> None:
         """Block by block, the network as a whole, through the sampler: whichever the recipe has."""
         training, cost = self.recipe.training, self.cost
-        saved = _SAVED * (FLOAT * cost.input_values + cost.output_bytes)
+        saved = self.saved
         moved = self.resident + 4 * FLOAT * cost.weights  # shadow, gradient and two moments of every weight
         state = cost.weights + FLOAT * cost.weights
         blocks, network, sampler = training.blocks, training.network, training.sampler
@@ -186,10 +197,11 @@ class ChoiceEstimate(Work):
             self.add("blocks", seconds, streamed, moved + held + blocks.batch_size * saved / 8, state)
         if network.iterations:
             self.add("network", self._iterated(network), 0, moved + network.batch_size * saved, state)
-        if sampler.iterations:
+        if sampler.iterations or self.reallocates:
             ends = training.trajectories * self.plan.calls
             disk = training.trajectories * (self.plan.halves + 1) * cost.entry_bytes
             self.add("trajectory-ends", 0, ends, self.resident + self.activations, disk)
+        if sampler.iterations:
             samples = sampler.batch_size * self.plan.calls
             again = self.forward + self.quantizing if sampler.recompute else 0.0
             seconds = sampler.iterations * (samples * (self.graded + again) + self.updating)

@@ -28,7 +28,7 @@ class RowAllocating(Remaindering):
     @cached_property
     def drafted(self) -> StageRecord:
         """The draft at the widths that were allocated."""
-        return self.draft_of(self.layer_bits)
+        return self.draft_of(self.allocated_bits)
 
     @cached_property
     def row_bits(self) -> RowBits | None:

@@ -20,18 +20,18 @@ from calib.trainable import Rates, TrainableModel, TrainOptions, trainable
 from dmqexport.errors import RecipeError
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_parts import chunks, make_parts
-from dmqexport.pipeline_rows import RowAllocating
+from dmqexport.pipeline_reallocate import Reallocating
+from dmqexport.pipeline_trajectories import TRAINING_SEED
 from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
 from dmqexport.recipe_training import RatesRecipe
 from dmqexport.workspace import StageRecord
 
-TRAINING_SEED = 2_000_000  # far from those of calibration and of evaluation
 _WHOLE_TRAJECTORIES = 512  # kept call by call; of more trajectories, as many calls in all
 _TARGET_PARTS = 64
 _STATE = "state.safetensors"
 
 
-class Training(RowAllocating):
+class Training(Reallocating):
     """Calibration, and what is trained on top of its plan."""
 
     @cached_property

@@ -57,6 +57,12 @@ class AllocationRecipe(Section):
     proposals: int = Field(
         default=16, ge=0, description="allocations for randomly bent curves, measured whole; the best one is kept"
     )
+    trajectories: int = Field(
+        default=0,
+        ge=0,
+        description="activations' bits given, allocate those of weights again by what their rounding does to where so "
+        "many trajectories end, with a gradient through the whole sampler; 0: do not; not for mixdq",
+    )
     pareto: bool = Field(default=False, description="also allocate at budgets around this one, for the curve")
     latency_table: str | None = Field(default=None, description="JSON, layer pattern → {w4a8: ms}, for a budget in ms")
 
@@ -92,6 +98,15 @@ class AllocationRecipe(Section):
             raise RecipeError(
                 f"allocation.{asked} needs bits to be allocated, and the recipe asks for uniform widths",
                 hint="add --mixed (allocation.mixed, with a method other than uniform), or leave it out",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _method_of_trajectories(self) -> Self:
+        if self.trajectories and self.method == "mixdq":
+            raise RecipeError(
+                "allocation.trajectories: mixdq decides by errors of single calls",
+                hint="use allocation.method=integer or lagrangian, or allocation.trajectories=0",
             )
         return self
 

@@ -18,6 +18,7 @@ from dmqexport import (
     pipeline_calibrate,
     pipeline_drafts,
     pipeline_estimate,
+    pipeline_reallocate,
     pipeline_rows,
     pipeline_speed,
     pipeline_train,
@@ -81,6 +82,9 @@ def test_counts_are_those_of_the_code_that_is_counted() -> None:
     assert (pipeline_drafts._PICTURES, pipeline_rows._ENTRIES) == (training.PICTURES, training.STEP_CALLS)
     assert len(pipeline_rows._OFFSETS) == training.OFFSETS
     assert (pipeline_allocate._JUDGES, len(pipeline_allocate._SHIFTS)) == (training.JUDGES, training.SHIFTS)
+    assert (pipeline_reallocate._PROBES, pipeline_reallocate._ENTRIES) == (
+        training.REALLOCATED_PROBES, training.REALLOCATED_ENTRIES,
+    )  # fmt: skip
     assert trajectory_distill._TRIALS + 1 == training.TRIALS
     assert onnx_export._INLINE_LIMIT == pipeline_estimate.INLINE
     assert drawn._VALUES == pipeline_estimate.DRAWN_VALUES
@@ -180,6 +184,9 @@ def test_what_is_asked_for_more_takes_longer(cost: Footprint) -> None:
     spared = stages_of(cost, "full", **{"training.sampler.recompute": True})
     assert spared["sampler"].memory < long["sampler"].memory / 2
     assert spared["sampler"].seconds > long["sampler"].seconds
+    once, again = (stages_of(cost, "full", **{"allocation.mixed": True, "allocation.trajectories": n}) for n in (0, 32))
+    assert set(again) - set(once) == {"weight-bits"}
+    assert again["weight-bits"].forward_seconds > 32 * 20 * 2 * once["trajectory-ends"].forward_seconds / (1024 * 40)
     few, many = (stages_of(cost, "default", **{"allocation.mixed": True, "allocation.entries": n}) for n in (40, 160))
     assert many["sensitivity"].seconds == pytest.approx(4 * few["sensitivity"].seconds, rel=0.1)
     eight = {"bits": "w8a8", "quantization.remainder_share": 0.1}

@@ -15,7 +15,7 @@ from calib.freeze import freeze
 from calib.observer import Observer
 from calib.probe import probe
 from calib.range_search import search_weight
-from calib.second_order import fit_least_squares, refine_weights, round_second_order
+from calib.second_order import fit_least_squares, refine_weights, round_second_order, rounding_errors
 from calib.timestep_table import equal_groups
 from dmqexport.quant_plan import LayerQuant, QuantPlan, QuantWeights
 from dmqexport.quant_types import BitWidths
@@ -129,3 +129,53 @@ def test_what_is_fitted_sees_the_activation_and_its_remainder(tmp_path: Path) ->
         assert distance(both, name) < 1e-4
         assert distance(first, name) > 5 * distance(both, name)
         assert [part.remainder for part in both[0].layer(name).segments] == [True] * len(plan.layer(name).segments)
+
+
+def test_errors_at_other_widths_are_those_of_the_codes_that_would_be_chosen(tmp_path: Path) -> None:
+    """With channel factors and two segments: undone, and side by side."""
+    torch.manual_seed(0)
+    denoiser, calibration, rows = ParallelDenoiser().eval(), random_calibration(20), equal_groups(TIMESTEPS, 5)
+    found = probe(denoiser, lambda index: run_on(denoiser, calibration, index))
+    sources = {f"{info.source}#0": denoiser.get_submodule(info.name) for info in found.layers if info.name == "scaled"}
+    factors = {key: np.linspace(0.5, 2.0, module.weight.shape[1], dtype=np.float32) for key, module in sources.items()}
+    observed = Observer(found, rows, 512, seed=0, attention=False, factors=factors).observe(
+        denoiser, calibration, lambda inputs: denoiser(**inputs), 5
+    )
+
+    def planned(bits: str) -> tuple[QuantPlan, Path]:
+        codes = tmp_path / bits
+        chosen = uniform(found, BitWidths.parse(bits), [], {}, [])
+        return freeze(denoiser, found, chosen, observed, rows, None, "model", bits, codes, factors=factors), codes
+
+    def run(inputs: object) -> object:
+        return denoiser(**inputs)  # type: ignore[arg-type]
+
+    plan, _ = planned("w4a6")
+    names = [layer.name for layer in plan.layers]
+    errors = dict(rounding_errors(denoiser, plan, dict.fromkeys(names, (3, 5)), calibration, run, 5, 0))
+    assert set(errors) == set(names)
+    changed = {}
+    for bits in (3, 5):
+        other, codes = planned(f"w{bits}a6")
+        refined, rounded = refine_weights(denoiser, other, QuantWeights(codes), calibration, run, 5, 0)
+        for layer in refined.layers:
+            parts = []
+            for index, segment in enumerate(layer.segments):
+                values = torch.from_numpy(rounded[f"{layer.name}#{index}"].copy()).float()
+                values *= torch.from_numpy(segment.weight.scale.copy()).reshape(-1, *[1] * (values.ndim - 1))
+                factor = segment.activation.channel_factor if segment.activation is not None else None
+                if factor is not None:
+                    values /= torch.from_numpy(factor.copy()).reshape(1, -1, *[1] * (values.ndim - 2))
+                parts.append(values)
+            changed[layer.name, bits] = torch.cat(parts, dim=1)
+    for name in names:
+        # Both are of one refitted weight, which their difference does not hold.
+        between = errors[name][3] - errors[name][5]
+        torch.testing.assert_close(between, changed[name, 3] - changed[name, 5], rtol=1e-4, atol=1e-6)
+        assert errors[name][5].square().sum() < errors[name][3].square().sum()
+    assert any(len(layer.segments) > 1 for layer in plan.layers)
+    assert any(
+        part.activation is not None and part.activation.channel_factor is not None
+        for layer in plan.layers
+        for part in layer.segments
+    )

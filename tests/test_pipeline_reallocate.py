@@ -1,0 +1,115 @@
+"""Weights' bits by finished trajectories within a build: budgets kept, activations untouched, a kill loses little."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dmqexport.pipeline_reallocate as stage
+from dmqexport.errors import RecipeError
+from dmqexport.recipe import load_recipe
+from tests.command_line import Answer, build, refused
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_torch_thread")]
+
+ONCE = (
+    *("--bits", "w4a5", "--mixed", "--target", "onnx", "--json"),
+    *("--set", "allocation.weight_bits=[2, 4, 8]", "--set", "allocation.activation_bits=[4, 8]"),
+    *("--set", "allocation.entries=12", "--set", "allocation.proposals=0", "--set", "scaling.method=none"),
+    *("--set", "training.trajectories=6"),
+)
+AGAIN = (*ONCE, "--set", "allocation.trajectories=4")
+
+
+def document(answer: Answer) -> Any:
+    assert answer.code == 0, answer.err
+    return json.loads(Path(answer.json["artifacts"]["quant_plan"]).read_text())
+
+
+def measured(work: Path) -> Any:
+    (found,) = work.glob("weight-bits-*/weight_bits.json")
+    return json.loads(found.read_text())
+
+
+@pytest.fixture(scope="module")
+def once(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a plan that was allocated once. Read only."""
+    folder = tmp_path_factory.mktemp("once")
+    document(build(tiny_text, folder / "out", folder / "work", *ONCE, verb="plan"))
+    return folder / "work"
+
+
+def test_weights_bits_change_within_the_budget_and_activations_do_not(
+    once: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    before = document(build(tiny_text, tmp_path / "out", once, *ONCE, verb="plan"))
+    after = document(build(tiny_text, tmp_path / "out", once, *AGAIN, verb="plan"))
+    bits = measured(once)
+    assert after["allocation"]["average_weight_bits"] <= 4
+    assert {layer["name"]: layer["mean_activation_bits"] for layer in after["layers"]} == {
+        layer["name"]: layer["mean_activation_bits"] for layer in before["layers"]
+    }
+    assert {layer["name"]: layer["weight_bits"] for layer in after["layers"]} == bits["weight_bits"]
+    assert 0 < bits["predicted_share"] <= 1
+    told = after["allocation"]["weights_by_finished_trajectories"]
+    assert told == {key: bits[key] for key in ("trajectories", "predicted_share", "certified_gap", "changed")}
+    changed = sum(bits["weight_bits"][layer["name"]] != layer["weight_bits"] for layer in before["layers"])
+    assert told["changed"] == changed
+    for curve in bits["errors"].values():
+        assert curve["8"] < curve["2"], "more bits do less"
+    # Boundary layers keep theirs.
+    assert all(layer["weight_bits"] == 8 for layer in after["layers"] if layer["reason"].startswith("boundary"))
+
+
+def test_a_killed_measurement_goes_on_where_it_was(
+    once: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(once, work)
+    for folder in work.glob("weight-bits-*"):
+        shutil.rmtree(folder)
+    original, calls = stage.finished_errors, 0
+
+    def dies(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **keywords)
+
+    with monkeypatch.context() as during:
+        during.setattr(stage, "finished_errors", dies)
+        build(tiny_text, tmp_path / "out", work, *AGAIN, verb="plan")
+    assert len(list(work.glob(".weight-bits-*.partial/ends-*.safetensors"))) == 2
+    again = 0
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal again
+        again += 1
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(stage, "finished_errors", counted)
+    monkeypatch.setattr(stage, "rounding_errors", lambda *arguments: pytest.fail("codes are there already"))
+    document(build(tiny_text, tmp_path / "out", work, *AGAIN, verb="plan"))
+    assert again == 2
+    fresh = tmp_path / "fresh"
+    shutil.copytree(once, fresh)
+    for folder in fresh.glob("weight-bits-*"):
+        shutil.rmtree(folder)
+    monkeypatch.undo()
+    document(build(tiny_text, tmp_path / "out", fresh, *AGAIN, verb="plan"))
+    assert measured(work) == measured(fresh)
+
+
+def test_what_cannot_be_judged_so_is_refused(tiny_text: Path, tmp_path: Path) -> None:
+    where = (tiny_text, tmp_path / "out", tmp_path / "work")
+    noisy = build(*where, *AGAIN, "--scheduler", "euler-ancestral", verb="plan")
+    refused(noisy, 2, ["EulerAncestralDiscreteScheduler", "ddim"])
+    nearest = build(*where, *AGAIN, "--set", "quantization.rounding=nearest", verb="plan")
+    refused(nearest, 2, ["allocation.trajectories", "nearest", "second-order"])
+    assert not list((tmp_path / "work").glob("statistics-*")), "before anything is calibrated"
+    options = {"model": "emoji", "bits": "w4a4"}
+    with pytest.raises(RecipeError, match="mixdq decides by errors of single calls"):
+        load_recipe("default", options, ["allocation.trajectories=4", "allocation.method=mixdq"])

@@ -122,12 +122,12 @@ class Drawing(Calibration):
         for step, (own, other) in enumerate(zip([*seen, found], [*expected, finished], strict=True)):
             apart = _distance(own, other)
             if not apart < _REPLAYED:
-                scheduler = type(self.model.pipeline.scheduler).__name__
+                pipeline, scheduler = (type(it).__name__ for it in (self.model.pipeline, self.model.pipeline.scheduler))
                 raise RecipeError(
-                    f"training.sampler and allocation.trajectories: {type(self.model.pipeline).__name__} with {scheduler} draws otherwise than a "
+                    f"training.sampler, allocation.trajectories: {pipeline} with {scheduler} draws otherwise than a "
                     f"plain loop over the scheduler's steps: {apart:.2g} of the latents' size apart before step {step}",
                     hint="it takes a scheduler without noise of its own and without scaled inputs, such as ddim, "
-                    "dpmsolver++ or a flow-matching one; or --set training.sampler.iterations=0 --set allocation.trajectories=0",
+                    "dpmsolver++ or a flow-matching one; or set training.sampler.iterations=0 and allocation.trajectories=0",
                 )
 
 

@@ -56,11 +56,8 @@ class Reallocating(RowAllocating):
     @property
     def allocation_fingerprint(self) -> str | None:
         """What the plan depends on beside the widths themselves."""
-        return (
-            f"{super().allocation_fingerprint} {self.reallocated.fingerprint}"
-            if self.reallocates
-            else (super().allocation_fingerprint)
-        )
+        before = super().allocation_fingerprint
+        return f"{before} {self.reallocated.fingerprint}" if self.reallocates else before
 
     def allocation_of(self, plan: QuantPlan) -> Allocation:
         """The plan's own averages, and how they were chosen."""
@@ -161,11 +158,12 @@ class Reallocating(RowAllocating):
         table = Sensitivity(curves).scaled(dict.fromkeys(curves, 1 / before)).isotonic()
         problem = Problem(table.distortion, tuple((name,) for name in curves), tuple(self._resources(curves, 1.0, 0.0)))
         solution: Solution = self._solve(problem)
-        changed = [name for name, pair in solution.choice.items() if pair != choice[name]]
+        if solution.predicted > problem.distortion(choice):  # slopes may leave of the budget what the widths had
+            solution = replace(solution, choice=choice, predicted=problem.distortion(choice))
         return {
             "weight_bits": {name: pair.weight for name, pair in solution.choice.items()},
-            "changed": len(changed),
-            "predicted_share": problem.distortion(solution.choice) / problem.distortion(choice),
+            "changed": sum(pair != choice[name] for name, pair in solution.choice.items()),
+            "predicted_share": solution.predicted / problem.distortion(choice),
             "certified_gap": solution.gap,
             "errors": {name: {str(bits): value for bits, value in curve.items()} for name, curve in errors.items()},
         }

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,36 +14,12 @@ from safetensors.torch import load_file, save_file
 from dmqexport.errors import ModelError
 from dmqexport.models import emoji
 from dmqexport.models.loading import load_model
-from tests.models.tiny_pipelines import WIDTH, copy, save_text, save_unconditional
+from tests.models.tiny_pipelines import WIDTH, copy
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr("socket.getaddrinfo", refuse)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_text(tmp_path_factory.mktemp("text") / "tiny-text")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_unconditional(tmp_path_factory.mktemp("plain") / "tiny-ddpm")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_network")
 
 
 @dataclass(frozen=True)

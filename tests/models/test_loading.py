@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,36 +20,12 @@ from dmqexport.models import emoji, locate
 from dmqexport.models.loading import LoadedModel, load_model, pipeline_from_folder
 from dmqexport.models.presets import PRESETS, emoji_prompts, text_prompts
 from dmqexport.models.schedulers import SCHEDULERS, build_scheduler, scheduler_class
-from tests.models.tiny_pipelines import TOKENS, WIDTH, conditional_unet, copy, save_text, save_unconditional
+from tests.models.tiny_pipelines import TOKENS, WIDTH, conditional_unet, copy
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr("socket.getaddrinfo", refuse)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_text(tmp_path_factory.mktemp("text") / "tiny-text")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_unconditional(tmp_path_factory.mktemp("plain") / "tiny-ddpm")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_network")
 
 
 def assert_ready(loaded: LoadedModel) -> None:

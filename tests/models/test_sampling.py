@@ -13,7 +13,7 @@ from torch import nn
 from dmqexport.errors import CalibrationError, DmqExportError, EngineError, ModelError, RecipeError, ResourceError
 from dmqexport.models.loading import LoadedModel, load_model
 from dmqexport.models.sampling import SampleResult, sample_images, set_denoiser
-from tests.models.tiny_pipelines import TOKENS, WIDTH, conditional_unet, save_text, save_unconditional
+from tests.models.tiny_pipelines import TOKENS, WIDTH, conditional_unet, save_unconditional
 
 SEEDS = [11, 12, 13, 14, 15]
 
@@ -24,16 +24,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_text(tmp_path_factory.mktemp("text") / "tiny-text")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_unconditional(tmp_path_factory.mktemp("plain") / "tiny-ddpm")
 
 
 def sample(loaded: LoadedModel, batch_size: int = 2, **options: Any) -> SampleResult:

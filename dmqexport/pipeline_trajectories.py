@@ -127,7 +127,7 @@ class Drawing(Calibration):
                     f"training.sampler, allocation.trajectories: {pipeline} with {scheduler} draws otherwise than a "
                     f"plain loop over the scheduler's steps: {apart:.2g} of the latents' size apart before step {step}",
                     hint="it takes a scheduler without noise of its own and without scaled inputs, such as ddim, "
-                    "dpmsolver++ or a flow-matching one; or set training.sampler.iterations and allocation.trajectories to 0",
+                    "dpmsolver++ or a flow-matching one; or set both to 0, training.sampler by its iterations",
                 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.peer_table import BEGIN, END, markdown, section, update_readme
+from benchmarks.peer_table import BEGIN, END, markdown, merged, section, update_readme
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED: dict[str, Any] = json.loads((ROOT / "tests/benchmarks/peers.json").read_text(encoding="utf-8"))
@@ -72,3 +72,25 @@ def test_a_peer_that_is_not_installed_says_what_to_install(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert result["failure"] == "not installed here (nncf): pip install nncf"
+
+
+ORDER = [row["key"] for row in STORED["rows"]]
+
+
+def test_rows_measured_anew_replace_their_own_and_leave_the_others() -> None:
+    fresh = {**STORED["rows"][3], "note": "measured anew"}
+    found = merged({**STORED, "rows": [fresh]}, STORED, ORDER)
+    assert found["rows"] == [*STORED["rows"][:3], fresh, *STORED["rows"][4:]]
+    assert found["versions"] == STORED["versions"]
+
+
+def test_a_row_that_is_new_goes_where_its_entry_stands() -> None:
+    found = merged({**STORED, "rows": [{**STORED["rows"][0], "key": "new"}]}, STORED, [*ORDER[:2], "new", *ORDER[2:]])
+    assert [row["key"] for row in found["rows"]] == [*ORDER[:2], "new", *ORDER[2:]]
+
+
+@pytest.mark.parametrize("changed", [{"batch": 1}, {"versions": {"torch": "1.0"}}, {"model": {}}])
+def test_rows_of_other_conditions_are_not_put_beside_stored_ones(changed: dict[str, Any]) -> None:
+    with pytest.raises(SystemExit, match="run them all"):
+        merged({**STORED, **changed, "rows": STORED["rows"][:1]}, STORED, ORDER)
+    assert merged({**STORED, **changed}, STORED, ORDER) == {**STORED, **changed}

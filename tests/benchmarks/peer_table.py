@@ -40,6 +40,27 @@ def section(document: Mapping[str, Any]) -> str:
     return f"{BEGIN}\n{markdown(document).strip()}\n{END}"
 
 
+def merged(document: Mapping[str, Any], stored: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """`document`, and what is stored of the rows that it lacks; by their keys in `order`.
+
+    Raises SystemExit where those are of another model, other samples, another machine or other versions.
+    """
+    fresh = {row["key"]: row for row in document["rows"]}
+    kept = {row["key"]: row for row in stored["rows"] if row["key"] not in fresh}
+    if not kept:
+        return dict(document)
+    had = stored["versions"]
+    differing = [key for key in ("model", "machine", "batch") if document[key] != stored[key]]
+    differing += [name for name, number in document["versions"].items() if had.get(name, number) != number]
+    if differing:
+        raise SystemExit(
+            f"other rows are stored already ({', '.join(kept)}), and {', '.join(differing)} differ there: "
+            "rows that are not comparable make no table; run them all, without --only"
+        )
+    rows = sorted((kept | fresh).values(), key=lambda row: order.index(row["key"]))
+    return {**document, "versions": dict(sorted((had | document["versions"]).items())), "rows": rows}
+
+
 def _introduction(document: Mapping[str, Any]) -> str:
     about = document["model"]
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())

@@ -4,6 +4,7 @@
     python tests/benchmarks/peers.py -o out/peers
     python tests/benchmarks/peers.py -o out/peers --python nncf=nncf/bin/python --python modelopt=modelopt/bin/python
     python tests/benchmarks/peers.py -o out/peers --store --update README.md     # renew the table of the README
+    python tests/benchmarks/peers.py -o out/peers --only ours --store --update README.md   # or some of its rows
     python tests/benchmarks/peers.py --update README.md      # write it again from the stored figures, measure nothing
 
 Every peer quantizes in a process of its own, with the Python that `--python` names for it (default: this one). Nothing
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_job import machine
-from peer_table import markdown, update_readme
+from peer_table import markdown, merged, update_readme
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -100,7 +101,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     _ours("ours-w8a8-openvino", "`openvino`, `--recipe default`", "w8a8", "openvino"),
     _ours(
-        "ours-openvino-once", "the same, no second products", "w8a8", "openvino", "quantization.remainder=[]",
+        "ours-openvino-once", "`openvino`, no second products", "w8a8", "openvino", "quantization.remainder=[]",
         "quantization.remainder_share=0",
     ),
     _static("ort-s8s8-minmax", "QInt8", "QInt8", "MinMax", "S8S8, min-max"),
@@ -356,6 +357,8 @@ def main() -> None:
     _write(comparison.folder / "peers.md", text)
     print("\n" + text)
     if options.store:
+        stored = json.loads(STORED.read_text(encoding="utf-8"))
+        document = merged(document, stored, [entry.key for entry in ENTRIES])
         _write(STORED, json.dumps(document, indent=1) + "\n")
     if options.update is not None:
         update_readme(options.update, document)

@@ -16,7 +16,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from dmqexport.pipeline_ablate import Judge
 from dmqexport.pipeline_validate import sqnr_db
 from dmqexport.recipe import load_recipe
 from dmqexport.runtime import QuantizedDenoiser, open_runner
-from engines.bench import interleaved
+from engines.bench import LatencyResult, interleaved
 from engines.openvino_ir import OpenVinoRunner
 from engines.ort import OrtRunner
 from engines.runner import Runner
@@ -98,24 +98,36 @@ def judge_artefact(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def time_artefacts(job: Mapping[str, Any]) -> dict[str, Any]:
-    """By key, ratios against the runtime's own float32: of medians of wall-clock and of processor time, one thread."""
-    shared, found = Path(job["shared"]), {}
+    """By key, ratios against the runtime's own float32: of medians of wall-clock and of processor time, one thread.
+
+    Every artefact alternates with float32, and all have their turn in each round: what slows a round slows them all.
+    """
+    shared = Path(job["shared"])
     inputs = _inputs(shared, int(job["batch"]))
-    for timed in job["timed"]:
-        runtime = timed["runtime"]
-        graph = shared / (FLOAT_FAST if runtime == "onnxruntime" else FLOAT)
-        runners = {"fp32": _open(runtime, graph), "own": _open(runtime, Path(timed["artefact"]))}
-        results = [interleaved(runners, inputs, runs=int(job["runs"])) for _ in range(int(job["repeats"]))]
-        ratios = [result.ratio("own", "fp32") for result in results]
-        found[timed["key"]] = {
-            "fp32_ms": statistics.median(result.median_ms["fp32"] for result in results),
-            "ms": statistics.median(result.median_ms["own"] for result in results),
-            "ratio": statistics.median(ratios),
-            "ratio_range": [min(ratios), max(ratios)],
-            "processor_ratio": statistics.median(r.processor_ms["own"] / r.processor_ms["fp32"] for r in results),
-            "load": round(os.getloadavg()[0], 1),
-        }
-    return found
+    graphs = {timed["runtime"]: FLOAT_FAST if timed["runtime"] == "onnxruntime" else FLOAT for timed in job["timed"]}
+    floats = {runtime: _open(runtime, shared / graph) for runtime, graph in graphs.items()}
+    own = {timed["key"]: _open(timed["runtime"], Path(timed["artefact"])) for timed in job["timed"]}
+    rounds: dict[str, list[tuple[LatencyResult, float]]] = {key: [] for key in own}
+    for _ in range(int(job["repeats"])):
+        for timed in job["timed"]:
+            runners = {"fp32": floats[timed["runtime"]], "own": own[timed["key"]]}
+            result = interleaved(runners, inputs, runs=int(job["runs"]))
+            rounds[timed["key"]].append((result, os.getloadavg()[0]))
+    return {key: _median(measured) for key, measured in rounds.items()}
+
+
+def _median(rounds: Sequence[tuple[LatencyResult, float]]) -> dict[str, Any]:
+    """Of all rounds of one artefact, each with the machine's load at its end."""
+    results = [result for result, _ in rounds]
+    ratios = [result.ratio("own", "fp32") for result in results]
+    return {
+        "fp32_ms": statistics.median(result.median_ms["fp32"] for result in results),
+        "ms": statistics.median(result.median_ms["own"] for result in results),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "processor_ratio": statistics.median(r.processor_ms["own"] / r.processor_ms["fp32"] for r in results),
+        "load": round(statistics.median(load for _, load in rounds), 1),
+    }
 
 
 def _open(runtime: str, artefact: Path) -> Runner:

@@ -302,8 +302,9 @@ def test_other_bits_reuse_the_trajectories(plain_bundle: Built, tmp_path: Path) 
 
 
 _STUCK = """
-import sys, time
+import signal, sys, time
 from dmqexport.workspace import Workspace
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 original = Workspace.stage
 def stage(self, name, key, build, **options):
     def stuck(folder):

@@ -89,6 +89,11 @@ def test_a_row_that_is_new_goes_where_its_entry_stands() -> None:
     assert [row["key"] for row in found["rows"]] == [*ORDER[:2], "new", *ORDER[2:]]
 
 
+def test_a_stored_row_whose_entry_is_gone_goes_too() -> None:
+    found = merged({**STORED, "rows": STORED["rows"][:1]}, STORED, ORDER[:-1])
+    assert found["rows"] == STORED["rows"][:-1]
+
+
 @pytest.mark.parametrize("changed", [{"batch": 1}, {"versions": {"torch": "1.0"}}, {"model": {}}])
 def test_rows_of_other_conditions_are_not_put_beside_stored_ones(changed: dict[str, Any]) -> None:
     with pytest.raises(SystemExit, match="run them all"):

@@ -41,12 +41,12 @@ def section(document: Mapping[str, Any]) -> str:
 
 
 def merged(document: Mapping[str, Any], stored: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    """`document`, and what is stored of the rows that it lacks; by their keys in `order`.
+    """`document`, and what is stored of the rows that it lacks, by their keys in `order`; what is not there is dropped.
 
     Raises SystemExit where those are of another model, other samples, another machine or other versions.
     """
     fresh = {row["key"]: row for row in document["rows"]}
-    kept = {row["key"]: row for row in stored["rows"] if row["key"] not in fresh}
+    kept = {row["key"]: row for row in stored["rows"] if row["key"] in order and row["key"] not in fresh}
     if not kept:
         return dict(document)
     had = stored["versions"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calib.observer import ATTENTION_OPERANDS, ActivationStatistics
 from calib.probe import LayerInfo, ProbeResult
-from calib.range_search import RangeMethod, search_activation, search_centered, search_weight
+from calib.range_search import RangeMethod, search_activation, search_centered, search_unsigned, search_weight
 from calib.weight_dilation import scaled_columns
 from dmqexport.quant_plan import (
     Allocation,
@@ -279,7 +279,9 @@ def _freeze_attention(
         observed = statistics[f"{name}#{operand}"]
         # Softmax needs the most codes: most probabilities are near zero.
         width = MAX_BITS if operand == "probability" else bits
-        if operand != "probability" and width == MAX_BITS and search == "mse":
+        if operand == "probability":
+            found = search_unsigned(observed.values, observed.weights, observed.high, width, search)
+        elif width == MAX_BITS and search == "mse":
             found = search_centered(observed.values, observed.weights, observed.low, observed.high, width)
         else:
             found = search_activation(observed.values, observed.weights, observed.low, observed.high, width, search)

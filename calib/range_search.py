@@ -201,6 +201,14 @@ def search_activation(
     return shifted if gain < _SHIFT_MUST_GAIN else centered
 
 
+def search_unsigned(
+    values: Tensor, weights: Tensor, high: Tensor, bits: int, search: RangeMethod = "mse"
+) -> RangeResult:
+    """Best scale of each row of a tensor that is never negative, such as probabilities; zero_point 0 in every row."""
+    find = search_asymmetric if search == "mse" else _evaluate
+    return find(values, weights, torch.zeros_like(high), high, bits)
+
+
 def span_activation(values: Tensor, weights: Tensor, low: Tensor, high: Tensor, bits: int) -> RangeResult:
     """Min-max: the whole observed range of every row, nothing clipped. Arguments as in `search_activation`.
 

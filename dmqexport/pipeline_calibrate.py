@@ -53,7 +53,7 @@ STAGE_VERSIONS = {
     "sampler": 3,
     "export": 2,
     "tuning": 2,
-    "passes": 11,
+    "passes": 12,
     "compile": 1,
     "reference": 1,
     "features": 1,
@@ -327,6 +327,11 @@ class Calibration(Drawing):
                 raise no_remainder(pattern)
         return tuple(name for name in eight if any(fnmatchcase(name, pattern) for pattern in patterns))
 
+    @property
+    def attention_key(self) -> dict[str, Any]:
+        """What plans with quantized attention depend on beside its bits."""
+        return {} if self.recipe.quantization.attention_bits is None else {"probabilities": "unsigned"}
+
     @cached_property
     def planned(self) -> StageRecord:
         """QuantPlan and weight codes, nothing trained."""
@@ -340,6 +345,7 @@ class Calibration(Drawing):
             "quantization": quantization.model_dump(mode="json"),
             "remainders": self.remainders(self.layer_bits),
             "row_bits": None if self.row_bits is None else self.row_bits.offsets.tolist(),
+            **self.attention_key,
             **self.refining_key,
         }
 

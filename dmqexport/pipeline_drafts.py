@@ -36,6 +36,7 @@ class Drafting(Drawing):
             "statistics": self.calibrated.fingerprint,
             "layers": {name: str(item) for name, item in bits.items()},
             "attention": quantization.attention_bits,
+            **self.attention_key,
             "remainders": remainders,
             "range": quantization.range,
         }

@@ -12,10 +12,11 @@ from dmqexport.bundle import ENGINE_GRAPH, ENGINES, GRAPH, MANIFEST, SEAL, Bundl
 from dmqexport.errors import BundleError
 from dmqexport.onnx_export import save_model
 from dmqexport.recipe_sections import LoweringRecipe
-from dmqexport.runtime import machine_misfit
+from dmqexport.runtime import machine_misfit, needs_vnni
 from dmqexport.target import Target
 from dmqexport.workspace import replacing
 from passes.bind import bind
+from passes.lower.openvino import LowerOpenVINO
 from passes.lower.portable import MakePortable
 from passes.lower.tensorrt import product_types
 
@@ -84,8 +85,13 @@ def _share(source: str, target: str) -> None:
 
 def _portable(bundle: Bundle, folder: Path) -> Fields:
     """Integer products that are exact without VNNI."""
+    return _without_vnni(bundle, folder, MakePortable())
+
+
+def _without_vnni(bundle: Bundle, folder: Path, lowering: ir.passes.InPlacePass) -> Fields:
+    """Replace the graph in `folder` by the bundle's, lowered once more."""
     model = ir.load(bundle.graph)
-    MakePortable()(model)
+    lowering(model)
     graph = folder / bundle.component / GRAPH
     for file in (graph, graph.with_name(graph.name + ".data")):
         file.unlink(missing_ok=True)
@@ -94,13 +100,16 @@ def _portable(bundle: Bundle, folder: Path) -> Fields:
 
 
 def _openvino(bundle: Bundle, folder: Path) -> Fields:
-    """The IR, converted and proven by the OpenVINO that is here."""
+    """The IR, converted and proven by the OpenVINO that is here; of products that do not saturate without VNNI."""
     from engines import openvino_ir
 
-    engine, plan = bundle.manifest["engine"], bundle.plan
+    engine, plan, changed = bundle.manifest["engine"], bundle.plan, {}
     device = str(engine["arch"]).upper()
     openvino_ir.check_device(device)
-    nodes = bind(ir.load(bundle.graph), plan).layers
+    graph = folder / bundle.component / GRAPH
+    if needs_vnni(bundle):
+        changed = _without_vnni(bundle, folder, LowerOpenVINO(plan, vnni=False))
+    nodes = bind(ir.load(graph), plan).layers
     expected = {
         name: [str(node.name) for node in item.compute]
         for name, item in nodes.items()
@@ -112,9 +121,11 @@ def _openvino(bundle: Bundle, folder: Path) -> Fields:
     }
     name = f"{Target.OPENVINO.value}-{device.lower()}-{openvino_ir.version()}"
     place = _engine_folder(bundle, folder, name)
-    built = openvino_ir.build_ir(bundle.graph, place, batches, device=device, expected=expected)
+    built = openvino_ir.build_ir(graph, place, batches, device=device, expected=expected)
     proven = len({proof.layer for proof in built.proofs})
-    return _engine(bundle, name, version=built.version, arch=device.lower(), proven=proven, planned=len(expected))
+    return changed | _engine(
+        bundle, name, version=built.version, arch=device.lower(), proven=proven, planned=len(expected)
+    )
 
 
 def _tensorrt(bundle: Bundle, folder: Path) -> Fields:

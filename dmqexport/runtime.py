@@ -181,8 +181,7 @@ def check_machine(bundle: Bundle) -> None:
 
 def machine_misfit(bundle: Bundle) -> str | None:
     """Why what `dmqexport run` would execute does not fit this machine; None when it does."""
-    needs = bundle.manifest["session"].get("cpu_features", [])
-    if "vnni" in needs and not cpu_has_vnni():
+    if needs_vnni(bundle):
         return "built for CPUs with VNNI; here its 8-bit products could saturate"
     engine = bundle.manifest.get("engine")
     if bundle.manifest["target"] != Target.OPENVINO or engine is None:
@@ -192,6 +191,11 @@ def machine_misfit(bundle: Bundle) -> str | None:
     if installed is not None and _numbers(installed) < _numbers(str(engine["version"])):
         return f"built by OpenVINO {engine['version']}; here is {installed}, which may not read it"
     return None
+
+
+def needs_vnni(bundle: Bundle) -> bool:
+    """Whether the bundle's 8-bit products need VNNI and this CPU has none."""
+    return "vnni" in bundle.manifest["session"].get("cpu_features", []) and not cpu_has_vnni()
 
 
 def _numbers(version: str) -> tuple[int, ...]:

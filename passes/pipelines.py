@@ -10,6 +10,7 @@ from passes.cleanup import DropIdleSqueeze, GemmToMatMul, SimplifyKeyTranspose
 from passes.gather_timestep_scale import GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
 from passes.keep_boundary_8bit import KeepBoundary8Bit
+from passes.lower.fuse_attention import FuseAttention
 from passes.lower.group_by_row import GroupByRow
 from passes.lower.join_products import JoinProducts
 from passes.lower.narrow_float import NarrowFloat
@@ -83,6 +84,7 @@ def lower_tensorrt(
 def lower_openvino(plan: QuantPlan, weights: QuantWeights, *, vnni: bool) -> ir.passes.Sequential:
     """Canonical graph to the graph for OpenVINO."""
     return ir.passes.Sequential(
+        *([FuseAttention(plan)] if vnni else []),
         UnpadShifted(plan, weights),
         RowGroupNorm(),
         LowerOpenVINO(plan, vnni=vnni),

@@ -19,6 +19,7 @@ from dmqexport.runtime import load_denoiser
 from dmqexport.target import cpu_has_vnni
 from engines import openvino_ir
 from engines.trt import TrtFlavor, flavor_version
+from passes.bind import graph_layers
 from passes.lower.group_by_row import layer_graph
 from tests.command_line import build, dmqexport
 from tests.conftest import Built
@@ -103,6 +104,33 @@ def test_a_rebuild_that_fails_leaves_the_bundle_as_it_was(wide: Path, monkeypatc
         pipeline_rebuild.rebuild(wide)
     assert files(wide) == before
     assert [path.name for path in wide.parent.iterdir()] == ["bundle"]
+
+
+@needs_vnni
+@pytest.mark.skipif(openvino_ir.version() is None, reason="no OpenVINO")
+def test_openvinos_products_become_those_of_any_cpu(
+    plain_bundle: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bundle"
+    answer = build(
+        plain_bundle.model, path, plain_bundle.work, "--bits", "w8a8", "--target", "openvino", "--attention-bits", "8"
+    )
+    assert answer.code == 0, answer.err
+    assert open_bundle(path).manifest["session"]["cpu_features"] == ["vnni"]
+    sample, timestep = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 15])
+    before = load_denoiser(path, threads=1)(sample, timestep).sample
+    monkeypatch.setattr(runtime, "cpu_has_vnni", lambda: False)
+    with pytest.raises(BundleError, match="built for CPUs with VNNI"):
+        load_denoiser(path)
+    denoiser = load_denoiser(path, threads=1, rebuild=True)
+    opened = open_bundle(path, verify=True)
+    assert opened.manifest["session"]["cpu_features"] == []
+    for nodes in graph_layers(ir.load(opened.graph).graph).values():
+        for node in nodes.compute:
+            stored = None if node.inputs[1] is None else node.inputs[1].producer()
+            assert stored is not None
+            assert np.abs(stored.inputs[0].const_value.numpy().astype(np.int64)).max() <= 64
+    torch.testing.assert_close(denoiser(sample, timestep).sample, before, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ constant → Convert → Multiply. Measured (2026.4.1):
 
 u8 × s8 saturates on x86 without VNNI where two adjacent products may pass 16 bits. Activation codes are stored with
 128 added there, so that is a matter of the weights: above 64 in magnitude they are then split into two halves with
-half the range, whose products are added.
+half the range, whose products are added. Attention multiplies activations with each other: there its codes are taken
+without Q/DQ, and multiplied in float.
 https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide.html
 """
 
@@ -32,8 +33,8 @@ class LowerOpenVINO(ir.passes.InPlacePass):
     """Store the weights of layers with quantized activations as int8 without zero_point, or packed with the arithmetic
     that OpenVINO folds to that.
 
-    vnni=False also splits weights that could saturate, in graphs that were lowered with vnni=True too. Weight-only
-    layers and everything unplanned are not touched.
+    vnni=False also splits weights that could saturate and lets attention multiply its codes in float, in graphs that
+    were lowered with vnni=True too. Weight-only layers and everything unplanned are not touched.
     """
 
     def __init__(self, plan: QuantPlan, *, vnni: bool) -> None:
@@ -60,6 +61,10 @@ class LowerOpenVINO(ir.passes.InPlacePass):
                     modified |= _split(builder, node, dequantize, layer.op is LayerOp.CONV)
                 if node.outputs[0].is_graph_output():
                     node.name = node.outputs[0].name  # as OpenVINO will call it, so that the proof finds it
+        for attention in self._plan.attentions if not self._vnni else ():
+            nodes = bindings.attentions[attention.name]
+            for product in (nodes.query_key, nodes.probability_value):
+                modified |= _codes_in_float(builder, product)
         if modified:
             model.graph.sort()
         return ir.passes.PassResult(model, modified)
@@ -155,6 +160,35 @@ def _split(builder: Builder, node: ir.Node, dequantize: ir.Node, conv: bool) -> 
     take_name(output, total.outputs[0], f"{name}/both")
     redirect(output, total.outputs[0], readers)
     return True
+
+
+def _codes_in_float(builder: Builder, product: ir.Node) -> bool:
+    """Divide, round, clip and multiply where the operands of an attention product are quantized and dequantized.
+
+    The same values, in operators that OpenVINO does not take for a quantizer. Returns whether there were any.
+    """
+    found = False
+    for value in list(product.inputs):
+        dequantize = None if value is None else value.producer()
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        quantize, name = dequantize.inputs[0].producer() if dequantize.inputs[0] else None, str(dequantize.name)
+        zero = constant_array(dequantize.inputs[2])
+        if quantize is None or quantize.op_type != "QuantizeLinear" or zero is None or np.any(zero):
+            raise LoweringError(f"lower_openvino: {name} is not the end of a quantizer with zero_point 0")
+        ends, last = np.iinfo(zero.dtype), quantize.inputs[0]
+        for label, op_type, operands in (
+            ("steps", "Div", [quantize.inputs[1]]),
+            ("rounded", "Round", []),
+            ("clipped", "Clip", [builder.scalar(float(end), f"{name}/end") for end in (ends.min, ends.max)]),
+            ("multiplied", "Mul", [quantize.inputs[1]]),
+        ):
+            node = builder.node(op_type, [last, *operands], f"{name}/{label}", before=dequantize, like=value)
+            last = node.outputs[0]
+        assert last is not None
+        redirect(dequantize.outputs[0], last, [])
+        found = True
+    return found
 
 
 class VerifyOpenVINO(ir.passes.InPlacePass):

@@ -22,6 +22,9 @@ from passes.bind import bind
 from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO
 from passes.pipelines import lower_openvino
 
+#: Taking back the shift of 8-bit probabilities cancels most of what float32 holds: without it, the lowered product is
+#: nearer to exact arithmetic than the canonical one (test_fuse_attention), and as far from that as that is from exact.
+UNSHIFTED = 4e-6
 #: OpenVINO rounds x/s + 128 in float32, so a value this near to a tie may take the other code; everything else may not.
 NEAR_TIE = 2.0**-16
 BATCH = 3
@@ -40,7 +43,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def test_the_lowered_operators_mean_the_canonical_ones(deep: Exported, tmp_path: Path, seed: int, vnni: bool) -> None:
     plan = draw(deep, tmp_path, seed)
     lowering = lower_openvino(plan, QuantWeights(tmp_path / "codes"), vnni=vnni)
-    assert compare(deep, plan, tmp_path / "codes", lowering) <= 1e-6
+    unshifted = vnni and any(not item.probability.zero_point.any() for item in plan.attentions)
+    assert compare(deep, plan, tmp_path / "codes", lowering) <= (UNSHIFTED if unshifted else 1e-6)
 
 
 @pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])

@@ -104,6 +104,14 @@ ENTRIES: tuple[Entry, ...] = (
         "ours-openvino-once", "`openvino`, no second products", "w8a8", "openvino", "quantization.remainder=[]",
         "quantization.remainder_share=0",
     ),
+    _ours(
+        "ours-openvino-attention", "`openvino`, `--recipe default --attention-bits 8`", "w8a8", "openvino",
+        "quantization.attention_bits=8",
+    ),
+    _ours(
+        "ours-openvino-attention-once", "the same, no second products", "w8a8", "openvino",
+        "quantization.attention_bits=8", "quantization.remainder=[]", "quantization.remainder_share=0",
+    ),
     _static("ort-s8s8-minmax", "QInt8", "QInt8", "MinMax", "S8S8, min-max"),
     _static("ort-u8s8-minmax", "QInt8", "QUInt8", "MinMax", "U8S8, min-max"),
     _static("ort-s8s8-entropy", "QInt8", "QInt8", "Entropy", "S8S8, entropy"),

@@ -20,6 +20,7 @@ from dmqexport.bundle import ENGINE_GRAPH, GRAPH
 from dmqexport.errors import BackendMissingError, DmqExportError, LoweringError
 from dmqexport.onnx_export import OPSET, export_float_graph, save_model
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
+from dmqexport.pipeline_openvino import engine_graph
 from dmqexport.pipeline_sampler import SamplerTraining
 from dmqexport.pipeline_tune import HOST, KERNELS, OFF, Machine, tune
 from dmqexport.target import Target, cpu_has_vnni
@@ -321,7 +322,8 @@ class Build(SamplerTraining):
         }
 
         def build(folder: Path) -> None:
-            result = openvino_ir.build_ir(self.deployed_graph, folder, shapes, device=device, expected=quantized)
+            with engine_graph(self.deployed_graph, folder) as graph:
+                result = openvino_ir.build_ir(graph, folder, shapes, device=device, expected=quantized)
             facts = {"target": Target.OPENVINO.value, "version": result.version, "arch": device.lower()}
             _write_proof(
                 folder, {**facts, "seconds": result.seconds, "bytes": result.size_bytes}, result.proofs, quantized

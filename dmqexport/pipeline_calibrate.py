@@ -54,7 +54,7 @@ STAGE_VERSIONS = {
     "export": 2,
     "tuning": 2,
     "passes": 12,
-    "compile": 1,
+    "compile": 2,
     "reference": 1,
     "features": 1,
 }

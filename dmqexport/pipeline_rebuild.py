@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dmqexport.bundle import ENGINE_GRAPH, ENGINES, GRAPH, MANIFEST, SEAL, Bundle, open_bundle, write_manifest
 from dmqexport.errors import BundleError
 from dmqexport.onnx_export import save_model
+from dmqexport.pipeline_openvino import engine_graph
 from dmqexport.recipe_sections import LoweringRecipe
 from dmqexport.runtime import machine_misfit, needs_vnni
 from dmqexport.target import Target
@@ -121,7 +122,8 @@ def _openvino(bundle: Bundle, folder: Path) -> Fields:
     }
     name = f"{Target.OPENVINO.value}-{device.lower()}-{openvino_ir.version()}"
     place = _engine_folder(bundle, folder, name)
-    built = openvino_ir.build_ir(graph, place, batches, device=device, expected=expected)
+    with engine_graph(graph, place) as source:
+        built = openvino_ir.build_ir(source, place, batches, device=device, expected=expected)
     proven = len({proof.layer for proof in built.proofs})
     return changed | _engine(
         bundle, name, version=built.version, arch=device.lower(), proven=proven, planned=len(expected)

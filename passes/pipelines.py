@@ -16,6 +16,7 @@ from passes.lower.join_products import JoinProducts
 from passes.lower.narrow_float import NarrowFloat
 from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO
 from passes.lower.ort_cpu import FLOAT_KERNEL, LowerOrtCpu
+from passes.lower.split_projection import SplitProjection
 from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
 from passes.lower.weight_only import LowerWeightOnly
 from passes.row_group_norm import RowGroupNorm
@@ -91,3 +92,8 @@ def lower_openvino(plan: QuantPlan, weights: QuantWeights, *, vnni: bool) -> ir.
         VerifyOpenVINO(),
         RemoveUnusedNodesPass(),
     )
+
+
+def openvino_engine() -> ir.passes.Sequential:
+    """The graph for OpenVINO to the one that its IR is made from, in which some layers' results no longer exist."""
+    return ir.passes.Sequential(SplitProjection(), RemoveUnusedNodesPass())

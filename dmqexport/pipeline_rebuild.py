@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,13 @@ def rebuild(path: Path, say: Callable[[str], None] = lambda _: None) -> Bundle:
 
 
 def _share(source: str, target: str) -> None:
-    """One file in two folders without a second copy, where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    """One file in two folders without a second copy, where the file system can and nobody minds: onnx_ir reads no
+    tensors from a file that has two names."""
+    if not source.endswith(".data"):
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def _portable(bundle: Bundle, folder: Path) -> Fields:

@@ -74,6 +74,18 @@ def test_integer_products_become_those_of_any_cpu(text_bundle: Built, wide: Path
     assert files(wide) == again, "a bundle that fits is left alone"
 
 
+@needs_vnni
+def test_large_tensors_beside_the_graph_are_read(wide: Path) -> None:
+    """onnx_ir refuses to read tensors from a file of several names, as a copy by links would leave it."""
+    opened = open_bundle(wide)
+    ir.save(ir.load(opened.graph), opened.graph, external_data="model.onnx.data", size_threshold_bytes=256)
+    manifest = dict(opened.manifest)
+    reseal(wide, manifest)
+    before = predict_here(wide)
+    load_denoiser(wide, threads=1, rebuild=True)
+    torch.testing.assert_close(predict(wide), before, rtol=0, atol=1e-4)
+
+
 def predict_here(path: Path) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "cpu_has_vnni", lambda: True)

@@ -109,7 +109,7 @@ ENTRIES: tuple[Entry, ...] = (
         "quantization.attention_bits=8",
     ),
     _ours(
-        "ours-openvino-attention-once", "the same, no second products", "w8a8", "openvino",
+        "ours-openvino-attention-once", "`openvino`, no second products, `--attention-bits 8`", "w8a8", "openvino",
         "quantization.attention_bits=8", "quantization.remainder=[]", "quantization.remainder_share=0",
     ),
     _static("ort-s8s8-minmax", "QInt8", "QInt8", "MinMax", "S8S8, min-max"),

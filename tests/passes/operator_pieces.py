@@ -3,6 +3,9 @@
 End to end, a rounding tie that falls the other way in an early layer would hide what a lowering did to a later one.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -135,3 +138,32 @@ def tolerance(plan: QuantPlan, operator: str) -> float:
     steps are 254 times smaller than those of other 8-bit codes.
     """
     return 5e-5 if any(layer.name == operator and layer.has_remainder for layer in plan.layers) else 1e-5
+
+
+_AVX2 = """
+import sys, numpy as np
+from pathlib import Path
+from engines.openvino_ir import OpenVinoRunner
+runner = OpenVinoRunner(Path(sys.argv[1]), threads=1)
+feeds = dict(np.load(sys.argv[2]))
+kernels = {layer.kernel for layer in runner.executed({k: v.shape for k, v in feeds.items()})}
+assert set(sys.argv[4:]) <= kernels and not any("avx512" in kernel and "I8" in kernel for kernel in kernels), kernels
+np.savez(sys.argv[3], **runner.run(feeds))
+"""
+
+
+def run_without_vnni(
+    piece: bytes, feeds: dict[str, np.ndarray], result: str, folder: Path, *kernels: str
+) -> np.ndarray:
+    """Run an operator in OpenVINO as on a CPU with AVX2 alone, by these kernels: oneDNN's switch takes VNNI away."""
+    graph, given, out = folder / "piece.onnx", folder / "in.npz", folder / "out.npz"
+    graph.write_bytes(piece)
+    np.savez(given, **feeds)
+    subprocess.run(
+        [sys.executable, "-c", _AVX2, graph, given, out, *kernels],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        check=True,
+        timeout=120,
+    )
+    found: np.ndarray = np.load(out)[result]
+    return found

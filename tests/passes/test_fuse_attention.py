@@ -1,8 +1,5 @@
 """Quantized attention for OpenVINO: the same products, as one kernel, and never saturated."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from operator_pieces import BATCH, cut_piece, draw, float_values, pieces, run_piece
+from operator_pieces import BATCH, cut_piece, draw, float_values, pieces, run_piece, run_without_vnni
 from simulation_fixture import Exported, canonical_graph, export, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
@@ -138,15 +135,6 @@ def test_portable_attention_multiplies_its_codes_in_float(
             assert {value.producer().op_type for value in product.inputs} == {"Mul"}
 
 
-_AVX2 = """
-import sys, numpy as np
-from pathlib import Path
-from engines.openvino_ir import OpenVinoRunner
-feeds = dict(np.load(sys.argv[2]))
-np.savez(sys.argv[3], **OpenVinoRunner(Path(sys.argv[1]), threads=1).run(feeds))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("vnni", [True, False], ids=["signed", "portable"])
 def test_portable_attention_does_not_saturate_on_cpus_without_vnni(
@@ -163,16 +151,8 @@ def test_portable_attention_does_not_saturate_on_cpus_without_vnni(
     feeds["timestep"] = inputs["timestep"].numpy()
     rows = drawn.row_map[feeds["timestep"]]
     exact = quantized(feeds[names[0]], attention.probability, rows) @ quantized(feeds[names[1]], attention.value, rows)
-    graph, given, out = tmp_path / "piece.onnx", tmp_path / "in.npz", tmp_path / "out.npz"
-    graph.write_bytes(cut_piece(lowered(deep, drawn, tmp_path, vnni), names, result, feeds))
-    np.savez(given, **feeds)
-    subprocess.run(
-        [sys.executable, "-c", _AVX2, graph, given, out],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        check=True,
-        timeout=120,
-    )
-    error = float(np.abs(np.load(out)[result] - exact).max() / np.abs(exact).max())
+    piece = cut_piece(lowered(deep, drawn, tmp_path, vnni), names, result, feeds)
+    error = float(np.abs(run_without_vnni(piece, feeds, result, tmp_path) - exact).max() / np.abs(exact).max())
     assert (error <= 1e-5) is not vnni, error
 
 

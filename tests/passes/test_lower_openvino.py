@@ -1,8 +1,5 @@
 """Every operator lowered for OpenVINO computes what the canonical one does, in ONNX Runtime and in OpenVINO itself."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +7,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from operator_pieces import compare, cut_piece, draw, draw_remainders, float_values, pieces, run_piece, tolerance
+from operator_pieces import (
+    compare,
+    cut_piece,
+    draw,
+    draw_remainders,
+    float_values,
+    pieces,
+    run_piece,
+    run_without_vnni,
+    tolerance,
+)
 from simulation_fixture import Exported, canonical_graph, export, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
@@ -158,18 +165,6 @@ def test_the_canonical_graph_alone_does_not_run_in_int8(deep: Exported, tmp_path
         prove_int8(OpenVinoRunner(path, threads=1).executed(shapes), expected)
 
 
-_AVX2 = """
-import sys, numpy as np
-from pathlib import Path
-from engines.openvino_ir import OpenVinoRunner
-runner = OpenVinoRunner(Path(sys.argv[1]), threads=1)
-feeds = dict(np.load(sys.argv[2]))
-kernels = {layer.kernel for layer in runner.executed({k: v.shape for k, v in feeds.items()}) if "I8" in layer.kernel}
-assert "jit_avx2_I8" in kernels and not any("avx512" in kernel for kernel in kernels), kernels
-np.savez(sys.argv[3], **runner.run(feeds))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("vnni", [True, False], ids=["signed", "portable"])
 def test_portable_weights_do_not_saturate_on_cpus_without_vnni(deep: Exported, tmp_path: Path, vnni: bool) -> None:
@@ -184,16 +179,8 @@ def test_portable_weights_do_not_saturate_on_cpus_without_vnni(deep: Exported, t
     feeds = {name: (8 + random.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
     feeds["timestep"] = inputs["timestep"].numpy()
     expected = run_piece(reference, names, result, feeds)
-    graph, given, out = tmp_path / "piece.onnx", tmp_path / "in.npz", tmp_path / "out.npz"
-    graph.write_bytes(cut_piece(lowered, names, result, feeds))
-    np.savez(given, **feeds)
-    subprocess.run(
-        [sys.executable, "-c", _AVX2, graph, given, out],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        check=True,
-        timeout=120,
-    )
-    error = float(np.abs(np.load(out)[result] - expected).max() / np.abs(expected).max())
+    found = run_without_vnni(cut_piece(lowered, names, result, feeds), feeds, result, tmp_path, "jit_avx2_I8")
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
     assert (error <= 1e-5) is not vnni, error
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from calib.freeze import LayerBits, freeze
 from calib.observer import ActivationStatistics
 from calib.probe import ProbeResult
-from calib.quantizer import QuantizedLayer, RowContext, simulate
+from calib.quantizer import ActivationQuantizer, QuantizedLayer, RowContext, simulate
 from calib.range_search import RangeMethod
 from calib.weight_dilation import scaled_columns
 from dmqexport.errors import CalibrationError
@@ -149,6 +149,28 @@ class Candidates:
         if pair.weight is not None and pair.activation is None:
             self._unscale(module, name)
         return module
+
+    def input_values(self, base: nn.Module, name: str, bits: int, context: RowContext) -> Callable[[Tensor], Tensor]:
+        """From what layer `name` reads to the real values that its codes of `bits` bits stand for, same shape."""
+        axis = 1 if isinstance(base, nn.Conv2d) else -1
+        parts = []
+        for index, segment in enumerate(self._at(bits, name).segments):
+            assert segment.activation is not None
+            quantizer = ActivationQuantizer(f"{name}#{index}", segment.activation, context, axis)
+            parts.append((segment.start, segment.stop - segment.start, quantizer, self.factor(name, index)))
+
+        def values(tensor: Tensor) -> Tensor:
+            place, found = axis % tensor.ndim, []
+            for start, length, quantizer, factor in parts:
+                part = quantizer.rescale(quantizer.to(tensor.device)(tensor.narrow(place, start, length)))
+                if quantizer.has_shift:
+                    part = part - quantizer.per_sample(quantizer.correction, part)
+                if factor is not None:  # the weight would undo it; here the value itself is wanted
+                    part = part * factor.to(part.device).reshape(-1, *([1] * (tensor.ndim - 1 - place)))
+                found.append(part)
+            return torch.cat(found, dim=place) if len(found) > 1 else found[0]
+
+        return values
 
     def _unscale(self, module: nn.Module, name: str) -> None:
         """Let weights whose codes were made for an input divided by a channel factor multiply one that is not."""

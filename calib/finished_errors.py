@@ -65,7 +65,7 @@ def finished_errors(
     """
     weights = {name: denoiser.get_submodule(name).get_parameter("weight") for name in names}
     found = {name: dict[int, float]() for name in names}
-    with _only(denoiser, list(weights.values())), torch.enable_grad():
+    with only_gradients_of(denoiser, list(weights.values())), torch.enable_grad():
         finished = draw()
         if not finished.requires_grad:
             raise CalibrationError("no gradient reaches the finished latents, so that weights' errors cannot be judged")
@@ -87,8 +87,8 @@ def finished_errors(
 
 
 @contextmanager
-def _only(denoiser: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients at these parameters and no others."""
+def only_gradients_of(denoiser: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside the block, gradients at these parameters and no others."""
     before = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
     try:
         for parameter in before:

@@ -1,7 +1,7 @@
 """From statistics and bits to the QuantPlan and its integer weights."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from dmqexport.quant_types import (
 )
 
 _TWICE = "two int8 products: of the activation, and of what its rounding leaves over"
+_Tensor = tuple[str, int, tuple[int, ...], bool]  # source, segment, bits of the rows, whether there is a remainder
 _ROOM = 1.25  # of ranges whose remainder is quantized too, beyond what was observed
 
 
@@ -51,17 +52,21 @@ class LayerBits:
 class RowBits:
     """How the activation bits of timestep rows differ from their layer's.
 
-    offsets: int64 [rows], added to the layer's bits; share: float [rows] of the sampling steps, sum 1.
+    offsets: int64 [rows], added to the layer's bits; share: float [rows] of the sampling steps, sum 1; own: layer → the
+    bits of each of its rows, int64 [rows or 1], instead.
     """
 
     offsets: IntArray
     share: FloatArray
+    own: Mapping[str, IntArray] = field(default_factory=dict)
 
-    def widths(self, bits: int, rows: int) -> IntArray:
-        """Bits of every row, int64 [rows], within what rows may differ in.
+    def widths(self, bits: int, rows: int, layer: str = "") -> IntArray:
+        """Bits of every row of what `layer` reads, int64 [rows], within what rows may differ in.
 
         8-bit tensors (they have a form of their own) and tensors that ignore the timestep (one row) do not vary.
         """
+        if layer in self.own:
+            return self.own[layer]
         if bits == MAX_BITS or rows == 1:
             return np.full(rows, bits, dtype=np.int64)
         widths: IntArray = np.clip(bits + self.offsets, MIN_BITS, MAX_BITS - 1)
@@ -104,7 +109,7 @@ def freeze(
     """
     layers: list[LayerQuant] = []
     float_layers = dict(found.unsupported)
-    ranges: dict[tuple[str, int, int, bool], ActivationQuant] = {}
+    ranges: dict[_Tensor, ActivationQuant] = {}
     with QuantWeights.writing(codes_path, _code_shapes(denoiser, found, bits)) as write:
         for position, info in enumerate(found.layers):
             choice = bits[info.name]
@@ -156,15 +161,16 @@ def with_row_bits(
     The plan must have been frozen from the same `statistics`, with the same bits in every row.
     """
     infos = {info.name: info for info in found.layers}
-    done: dict[tuple[str, int, int], ActivationQuant] = {}
+    done: dict[tuple[str, int, tuple[int, ...]], ActivationQuant] = {}
 
     def again(layer: LayerQuant, index: int, segment: Segment) -> Segment:
         if segment.activation is None or segment.remainder:  # the latter has 8 bits, which rows do not differ in
             return segment
-        key = (infos[layer.name].source, index, segment.activation.bits)
+        observed = statistics[f"{infos[layer.name].source}#{index}"]
+        widths = row_bits.widths(segment.activation.bits, len(observed.low), layer.name)
+        key = (infos[layer.name].source, index, tuple(widths.tolist()))
         if key not in done:
-            observed, factor = statistics[f"{key[0]}#{index}"], segment.activation.channel_factor
-            done[key] = _activation(observed, segment.activation.bits, search, factor, row_bits)
+            done[key] = _activation(observed, widths, search, segment.activation.channel_factor)
         return replace(segment, activation=done[key])
 
     layers = tuple(
@@ -191,7 +197,7 @@ def _freeze_layer(
     info: LayerInfo,
     choice: LayerBits,
     statistics: Mapping[str, ActivationStatistics],
-    ranges: dict[tuple[str, int, int, bool], ActivationQuant],
+    ranges: dict[_Tensor, ActivationQuant],
     write: Callable[[str, CodeArray], None],
     search: RangeMethod,
     weight_search: RangeMethod,
@@ -208,11 +214,13 @@ def _freeze_layer(
         part = weight if len(info.segments) == 1 else weight[:, start:stop]
         moment = observed.second_moment
         if choice.widths.activation is not None:
-            key = (info.source, index, choice.widths.activation, remainder)
+            bits, rows = choice.widths.activation, len(observed.low)
+            widths = np.full(rows, bits) if row_bits is None else row_bits.widths(bits, rows, info.name)
+            key = (info.source, index, tuple(widths.tolist()), remainder)
             if key not in ranges and remainder:
                 ranges[key] = _first_of_two(observed, factor)
             elif key not in ranges:
-                ranges[key] = _activation(observed, choice.widths.activation, search, factor, row_bits)
+                ranges[key] = _activation(observed, widths, search, factor)
             activation = ranges[key]
             part = part if factor is None else scaled_columns(part, torch.from_numpy(factor.copy()))
         elif factor is not None:  # a weight-only reader has no table to put a factor in: it reads the tensor as it is
@@ -225,14 +233,10 @@ def _freeze_layer(
 
 
 def _activation(
-    observed: ActivationStatistics,
-    bits: int,
-    search: RangeMethod,
-    factor: FloatArray | None,
-    row_bits: RowBits | None,
+    observed: ActivationStatistics, widths: IntArray, search: RangeMethod, factor: FloatArray | None
 ) -> ActivationQuant:
-    rows = len(observed.low)
-    widths = np.full(rows, bits, dtype=np.int64) if row_bits is None else row_bits.widths(bits, rows)
+    """widths: bits of every row."""
+    widths = widths.copy()
     scale, zero_point = torch.zeros(len(widths)), torch.zeros(len(widths), dtype=torch.int64)
     for width in np.unique(widths):
         own = torch.from_numpy(np.flatnonzero(widths == width))

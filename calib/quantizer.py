@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from calib.observer import scaled_operands
 from calib.probe import AttentionMode, ModuleStack, removing
@@ -223,6 +224,27 @@ def simulate(denoiser: nn.Module, plan: QuantPlan, weights: QuantWeights) -> Ite
         yield context
 
 
+def follow_timesteps(
+    denoiser: nn.Module, context: RowContext, called: Callable[[], None] | None = None
+) -> RemovableHandle:
+    """Let `context` have the rows of every call of `denoiser`; `called` is told of each. Returns the hook's handle.
+
+    Calls raise CalibrationError where sample or timestep is missing.
+    """
+    parameters = list(inspect.signature(denoiser.forward).parameters)
+
+    def set_rows(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        sample, timestep = given.get(parameters[0]), given.get(TIMESTEP)
+        if sample is None or timestep is None:
+            raise CalibrationError(f"the denoiser must be called with {parameters[0]!r} and {TIMESTEP!r}")
+        context.set_timestep(timestep, sample.shape[0])
+        if called is not None:
+            called()
+
+    return denoiser.register_forward_pre_hook(set_rows, with_kwargs=True)
+
+
 @contextmanager
 def swapped(
     denoiser: nn.Module,
@@ -237,19 +259,11 @@ def swapped(
     CalibrationError when a planned layer is not in the model.
     """
     originals: dict[str, nn.Module] = {}
-    parameters = list(inspect.signature(denoiser.forward).parameters)
 
     def attend(name: str, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
         if name in attentions:
             return attentions[name](query, key, value, extra)
         return F.scaled_dot_product_attention(query, key, value, **extra)
-
-    def set_rows(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        sample, timestep = given.get(parameters[0]), given.get(TIMESTEP)
-        if sample is None or timestep is None:
-            raise CalibrationError(f"the denoiser must be called with {parameters[0]!r} and {TIMESTEP!r}")
-        context.set_timestep(timestep, sample.shape[0])
 
     try:
         for layer in plan.layers:
@@ -260,7 +274,7 @@ def swapped(
             assert isinstance(base, (nn.Conv2d, nn.Linear))
             originals[layer.name] = base
             denoiser.set_submodule(layer.name, make(layer, base))
-        with removing([denoiser.register_forward_pre_hook(set_rows, with_kwargs=True)]), ExitStack() as extras:
+        with removing([follow_timesteps(denoiser, context)]), ExitStack() as extras:
             if attentions:
                 stack = extras.enter_context(ModuleStack(denoiser))
                 extras.enter_context(AttentionMode(stack, attend))

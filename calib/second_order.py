@@ -8,7 +8,7 @@ column at a time, all others given, and scales fitted to them: half a decibel le
 Nothing is trained and nothing changes at run time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -32,6 +32,8 @@ _SWEEPS = 4  # of coordinate descent; more change little
 _LARGEST_INPUT = 4608  # a 3 × 3 convolution over 512 channels; two square matrices of this size take 170 MB
 _WIDE_BLOCK = 1152  # 128 channels of such a convolution: wider inputs are compensated within blocks of about this size
 _POSITIONS = 2**16  # output positions seen in all: more entries say more than more positions of each
+_TIMESTEPS = 256  # all over the table, that layers which read the timestep alone are fitted to as well
+_ELSEWHERE = 0.25  # what all of them weigh beside the sampling steps
 MEMORY_BYTES = 2**30
 
 
@@ -45,17 +47,20 @@ def refine_weights(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     memory: int = MEMORY_BYTES,
+    timestep_only: Collection[str] = (),
 ) -> tuple[QuantPlan, dict[str, CodeArray]]:
     """Return the plan with refitted weight scales, and every weight's codes keyed `layer#segment`.
 
     Grouped convolutions keep their codes. Inputs too wide for a square matrix are taken in blocks of channels, errors
     compensated within a block. Layers are taken in groups whose moments fit `memory` bytes (one layer may exceed it),
-    however large the model is: one pass over `calibration` each.
+    however large the model is: one pass over `calibration` each. timestep_only: layers that read nothing but the
+    timestep; they are also fitted to timesteps all over the table, so that a sampler of other steps finds them right.
     """
     chosen = [layer for layer in plan.layers if refinable(denoiser, layer.name)]
     refined: dict[str, LayerQuant] = {}
     codes: dict[str, CodeArray] = {}
-    for layer, moments in _observed(denoiser, plan, chosen, calibration, run, batch_size, seed, progress, memory):
+    observed = _observed(denoiser, plan, chosen, calibration, run, batch_size, seed, progress, memory, timestep_only)
+    for layer, moments in observed:
         refined[layer.name] = _refine(denoiser, layer, moments, codes)
     for layer in plan.layers:
         for index in range(len(layer.segments)):
@@ -75,13 +80,16 @@ def rounding_errors(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     memory: int = MEMORY_BYTES,
+    timestep_only: Collection[str] = (),
 ) -> Iterator[tuple[str, dict[int, Tensor]]]:
     """What `refine_weights` would leave at other widths: layer, and bits → rounded less refitted weight, in its shape.
 
-    widths: layer → its candidates; of layers that `refinable` says no to, nothing comes. Activations are the plan's.
+    widths: layer → its candidates; of layers that `refinable` says no to, nothing comes. Activations are the plan's;
+    timestep_only as there.
     """
     chosen = [layer for layer in plan.layers if layer.name in widths and refinable(denoiser, layer.name)]
-    for layer, moments in _observed(denoiser, plan, chosen, calibration, run, batch_size, seed, progress, memory):
+    observed = _observed(denoiser, plan, chosen, calibration, run, batch_size, seed, progress, memory, timestep_only)
+    for layer, moments in observed:
         parts: dict[int, list[Tensor]] = {bits: [] for bits in widths[layer.name]}
         weight = denoiser.get_submodule(layer.name).get_parameter("weight")
         for _, part, factor, blocks in _fitted(denoiser, layer, moments):
@@ -103,13 +111,14 @@ def _observed(
     seed: int,
     progress: Callable[[int, int], None] | None,
     memory: int,
+    timestep_only: Collection[str],
 ) -> Iterator[tuple[LayerQuant, dict[str, Moments]]]:
     """Every layer with the moments of its group, out of which it takes its own."""
     groups = list(_groups(denoiser, chosen, memory))
     total = len(groups) * len(calibration)
     for number, group in enumerate(groups):
         offset = _offset(progress, number * len(calibration), total)
-        moments = _observe(denoiser, plan, group, calibration, run, batch_size, seed, offset)
+        moments = _observe(denoiser, plan, group, calibration, run, batch_size, seed, offset, timestep_only)
         for layer in group:
             yield layer, moments
 
@@ -158,6 +167,7 @@ def _observe(
     batch_size: int,
     seed: int,
     progress: Callable[[int], None],
+    timestep_only: Collection[str],
 ) -> dict[str, Moments]:
     """Second moments of the group's inputs along the float model."""
     context = RowContext(torch.from_numpy(plan.row_map.copy()), timestep_scale=plan.timestep_scale)
@@ -165,7 +175,7 @@ def _observe(
     positions = -(-_POSITIONS * batch_size // max(len(calibration), 1))  # of a batch
     sampling = Sampling(positions, torch.Generator().manual_seed(seed))
 
-    def hook(layer: LayerQuant) -> Callable[..., None]:
+    def hook(layer: LayerQuant, gain: float = 1.0) -> Callable[..., None]:
         place = 1 if layer.op is LayerOp.CONV else -1
         quantizers = [
             None
@@ -198,6 +208,8 @@ def _observe(
                 if key not in moments:
                     taps = int(module.get_parameter("weight")[0, 0].numel())
                     moments[key] = Moments(_spans(denoiser, layer, segment), taps, tensor.device)
+                if gain != 1:
+                    divided, seen = divided * gain, seen * gain
                 moments[key].add(module, divided, seen, sampling)
 
         return observe
@@ -208,6 +220,18 @@ def _observe(
             context.set_timestep(batch[TIMESTEP], len(entries))
             run(batch)
             progress(int(entries[-1]) + 1)
+    alone = [layer for layer in group if layer.name in timestep_only]
+    if alone:
+        gain = (_ELSEWHERE * len(calibration) / _TIMESTEPS) ** 0.5
+        handles = [denoiser.get_submodule(layer.name).register_forward_pre_hook(hook(layer, gain)) for layer in alone]
+        spread = torch.linspace(0, (len(plan.row_map) - 1) / plan.timestep_scale, _TIMESTEPS, dtype=torch.float64)
+        with removing(handles), torch.no_grad():
+            for part in spread.split(batch_size):  # type: ignore[no-untyped-call]  # torch's own
+                inputs = calibration.select(torch.arange(len(part)) % len(calibration))
+                timesteps = part.round() if not inputs[TIMESTEP].is_floating_point() else part
+                inputs = {**inputs, TIMESTEP: timesteps.to(inputs[TIMESTEP].dtype)}
+                context.set_timestep(inputs[TIMESTEP], len(part))
+                run(inputs)
     return moments
 
 

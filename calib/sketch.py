@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calib.candidates import Candidates, WidthPair
 from calib.metrics import Metric
 from calib.probe import removing
-from calib.quantizer import ActivationQuantizer, RowContext
+from calib.quantizer import RowContext
 from calib.sampling import TIMESTEP, CalibrationSet
 from calib.sensitivity import Journal, Progress, Run, Sensitivity
 from dmqexport.errors import CalibrationError
@@ -138,7 +138,7 @@ def _contract(
     }
     result: dict[WidthPair, float] = {}
     for activation in dict.fromkeys(pair.activation for pair in pairs):
-        values = read if activation is None else _quantized(base, name, read, activation, candidates, context)
+        values = read if activation is None else candidates.input_values(base, name, activation, context)(read)
         chosen = [pair for pair in pairs if pair.activation == activation]
         for pair in chosen:
             output = _operate(base, values, weights[pair.weight])
@@ -157,22 +157,3 @@ def _rounded(base: nn.Module, name: str, bits: int, candidates: Candidates, cont
     module = candidates.module(base, name, WidthPair(bits, None), context)
     parts = [getattr(module, f"weight_{index}") for index in range(len(module.spans))]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-
-def _quantized(
-    base: nn.Module, name: str, tensor: Tensor, bits: int, candidates: Candidates, context: RowContext
-) -> Tensor:
-    """The real values that the quantized layer's integers stand for, same shape as `tensor`."""
-    axis = 1 if isinstance(base, nn.Conv2d) else tensor.ndim - 1
-    module = candidates.module(base, name, WidthPair(None, bits), context)
-    parts = []
-    for index, ((start, stop), quantizer) in enumerate(zip(module.spans, module.quantizers, strict=True)):
-        assert isinstance(quantizer, ActivationQuantizer)
-        part = quantizer.rescale(quantizer(tensor.narrow(axis, start, stop - start)))
-        if quantizer.has_shift:
-            part = part - quantizer.per_sample(quantizer.correction, part)
-        factor = candidates.factor(name, index)
-        if factor is not None:  # the weight would undo it; here the value itself is wanted
-            part = part * factor.reshape(-1, *([1] * (tensor.ndim - 1 - axis)))
-        parts.append(part)
-    return torch.cat(parts, dim=axis) if len(parts) > 1 else parts[0]

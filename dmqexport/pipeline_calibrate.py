@@ -46,6 +46,7 @@ STAGE_VERSIONS = {
     "step-errors": 2,
     "row-bits": 4,
     "remainders": 1,
+    "activation-bits": 1,
     "weight-bits": 1,
     "blocks": 3,
     "network": 5,
@@ -303,7 +304,25 @@ class Calibration(Drawing):
     def boundary(self) -> tuple[str, ...]:
         """Patterns of the layers that stay at 8 bits."""
         chosen = self.recipe.quantization.boundary
-        return tuple(self.model.family.boundary if chosen is None else chosen)
+        if chosen is not None:
+            return chosen
+        return tuple(name for name in self.model.family.boundary if name not in self.free_time_projections)
+
+    @property
+    def free_time_projections(self) -> tuple[str, ...]:
+        """Patterns of layers of the boundary that see the timestep alone and may have fewer bits."""
+        allocation = self.recipe.allocation
+        wanted = allocation.allocates and allocation.time_projections and self.recipe.quantization.boundary is None
+        return self.model.family.time_projections if wanted else ()
+
+    @property
+    def timestep_only(self) -> tuple[str, ...]:
+        """The layers that those patterns match: rounding them minds timesteps that no sampling step has, too."""
+        return tuple(
+            info.name
+            for info in self.probe_result.layers
+            if any(fnmatchcase(info.name, pattern) for pattern in self.free_time_projections)
+        )
 
     @property
     def remainder_patterns(self) -> tuple[str, ...]:
@@ -365,6 +384,7 @@ class Calibration(Drawing):
                         recipe.seed,
                         reporter.progress,
                         3 * self.working_bytes // 2,
+                        self.timestep_only,
                     )
                 QuantWeights.save(folder / WEIGHT_CODES, codes)
             replace(plan, scaling=self.scaling.record, allocation=self.allocation_of(plan)).save(folder)

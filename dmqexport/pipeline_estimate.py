@@ -13,6 +13,7 @@ from dmqexport.pipeline_estimate_training import REALLOCATED_ENTRIES, REALLOCATE
 from dmqexport.pipeline_estimate_work import FLOAT, PROCESS, QUICK, Plan, StageEstimate
 from dmqexport.pipeline_size import GRAPH_SHARE, ValidationSize
 from dmqexport.pipeline_speed import MachineSpeed
+from dmqexport.quant_types import MAX_BITS
 from dmqexport.recipe import Recipe
 from dmqexport.report.frechet import enough_pictures
 from dmqexport.target import Target
@@ -84,6 +85,7 @@ class _Estimator(ChoiceEstimate):
         self.row_bits()
         if self.trains_on_own:
             self.training_set()
+        self.tabulate()
         self.reallocate()
         self.quantize()
         self.train()
@@ -156,6 +158,20 @@ class _Estimator(ChoiceEstimate):
             forwards = runs * entries
             memory += min(held, 1.5 * self.plan.working) + self.activations
         self.add("plan", seconds, forwards, memory, cost.weights)
+
+    def tabulate(self) -> None:
+        """Activations rounded at every width along trajectories, and gradients of where those end."""
+        if not (self.reallocates and self.varies):
+            return
+        recipe, training, cost = self.recipe.allocation, self.recipe.training, self.cost
+        samples = min(recipe.trajectories, training.trajectories) * self.plan.calls
+        widths = sum(bits < MAX_BITS for bits in recipe.activation_bits)
+        read = self.over_layers(lambda layer: layer.inputs)
+        # Rounded and multiplied with the gradient: five passes over what layers read, for every width and direction.
+        seconds = samples * REALLOCATED_PROBES * (2 * self.forward + widths * 10 * FLOAT * read / self.speed.copied)
+        kept = self.plan.calls / (self.plan.steps if training.sampler.recompute else 1)
+        disk = 8 * widths * self.rows * len(cost.layers) * (samples / self.plan.calls)
+        self.add("activation-bits", seconds, samples, self.resident + kept * self.saved, disk)
 
     def reallocate(self) -> None:
         """Weights rounded at every width, and gradients of where trajectories end with respect to each."""

@@ -20,7 +20,7 @@ from calib.sensitivity import Sensitivity
 from calib.trajectory_distill import first_calls
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_parts import make_parts
-from dmqexport.pipeline_rows import RowAllocating
+from dmqexport.pipeline_tables import TableAllocating
 from dmqexport.quant_plan import Allocation, QuantPlan
 from dmqexport.quant_types import BitWidths
 from dmqexport.ranks import share
@@ -30,7 +30,7 @@ _PROBES = 2  # random directions a trajectory
 _ENTRIES = 2048  # points that candidate roundings are fitted to
 
 
-class Reallocating(RowAllocating):
+class Reallocating(TableAllocating):
     """Calibration that, activations given, allocates the bits of weights again by finished trajectories.
 
     Allocation before it judges single calls, rounds to the nearest code, and gives activations their bits as well. This
@@ -38,14 +38,9 @@ class Reallocating(RowAllocating):
     """
 
     @property
-    def reallocates(self) -> bool:
-        """Whether the recipe asks for it."""
-        return self.recipe.allocation.allocates and self.recipe.allocation.trajectories > 0
-
-    @property
     def layer_bits(self) -> dict[str, LayerBits]:
         """The widths of every layer."""
-        found = dict(self.allocated_bits)
+        found = self.tabulated_bits
         if self.reallocates:
             for name, weight in self.reallocation["weight_bits"].items():
                 widths = found[name].widths
@@ -57,15 +52,21 @@ class Reallocating(RowAllocating):
     def allocation_fingerprint(self) -> str | None:
         """What the plan depends on beside the widths themselves."""
         before = super().allocation_fingerprint
-        return f"{before} {self.reallocated.fingerprint}" if self.reallocates else before
+        if not self.reallocates:
+            return before
+        tables = f" {self.tabulated.fingerprint}" if self.tabulates else ""
+        return f"{before}{tables} {self.reallocated.fingerprint}"
 
     def allocation_of(self, plan: QuantPlan) -> Allocation:
         """The plan's own averages, and how they were chosen."""
         found = super().allocation_of(plan)
         if not self.reallocates:
             return found
-        known = {key: self.reallocation[key] for key in ("trajectories", "predicted_share", "certified_gap", "changed")}
-        return replace(found, details={**found.details, "weights_by_finished_trajectories": known})
+        told = ("trajectories", "predicted_share", "certified_gap", "changed")
+        details = {"weights_by_finished_trajectories": {key: self.reallocation[key] for key in told}}
+        if self.tabulates:
+            details["activations_by_finished_trajectories"] = {key: self.tables[key] for key in (*told, "rows")}
+        return replace(found, details={**found.details, **details})
 
     @cached_property
     def reallocation(self) -> dict[str, Any]:
@@ -77,8 +78,7 @@ class Reallocating(RowAllocating):
     @cached_property
     def reallocated(self) -> StageRecord:
         """The bits of every weight, and what was measured: `weight_bits.json`."""
-        recipe, bits = self.recipe, self.allocated_bits
-        count = min(recipe.allocation.trajectories, recipe.training.trajectories)
+        recipe, bits, count = self.recipe, self.tabulated_bits, self.reallocated_trajectories
         key = {
             "version": STAGE_VERSIONS["weight-bits"],
             "statistics": self.calibrated.fingerprint,
@@ -88,6 +88,7 @@ class Reallocating(RowAllocating):
             "count": count,
             "quantization": recipe.quantization.model_dump(mode="json"),
             "seed": recipe.seed,
+            **({"activations": self.tabulated.fingerprint} if self.tabulates else {}),
             **self.refining_key,
         }
 
@@ -123,6 +124,7 @@ class Reallocating(RowAllocating):
             found = rounding_errors(
                 denoiser, plan, {name: widths[name] for name in mine}, data, self._denoise, self.batch_size,
                 self.recipe.seed, lambda done, total: progress(done, 2 * total), 3 * self.working_bytes // 2,
+                self.timestep_only,
             )  # fmt: skip
             for name, changes in found:
                 errors.add(name, changes)

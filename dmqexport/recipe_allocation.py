@@ -47,6 +47,12 @@ class AllocationRecipe(Section):
         description="also offer 16 activation bits: 8 and as many for what their rounding leaves over, by two int8 "
         "products (see quantization.remainder); boundary layers may have them too; not for mixdq",
     )
+    time_projections: bool = Field(
+        default=False,
+        description="also choose the bits of blocks' projections of the time embedding, which otherwise have 8: all "
+        "they ever read is one curve, so that second-order rounding leaves next to no error; not with a boundary of "
+        "your own",
+    )
     floors: dict[str, str] = Field(default_factory=dict, description="pattern → wNaM, the least; the last match wins")
     ceilings: dict[str, str] = Field(default_factory=dict, description="pattern → wNaM, the most; the last match wins")
     entries: int = Field(default=80, ge=1, description="trajectory points that distortion is averaged over")

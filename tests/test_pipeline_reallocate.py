@@ -1,10 +1,11 @@
-"""Weights' bits by finished trajectories within a build: budgets kept, activations untouched, a kill loses little."""
+"""Bits by finished trajectories within a build: budgets kept, activations untouched or by row, a kill loses little."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import dmqexport.pipeline_reallocate as stage
@@ -101,6 +102,44 @@ def test_a_killed_measurement_goes_on_where_it_was(
     monkeypatch.undo()
     document(build(tiny_text, tmp_path / "out", fresh, *AGAIN, verb="plan"))
     assert measured(work) == measured(fresh)
+
+
+def test_tensors_get_bits_of_their_own_in_each_row_and_keep_the_average(
+    once: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    work, rows = tmp_path / "work", ("--set", "quantization.row_bits=measured", "--rows", "3")
+    shutil.copytree(once, work)
+    widths = ("--set", "allocation.activation_bits=[3, 4, 5, 6, 8]", "--bits", "w4a4")
+    before = document(build(tiny_text, tmp_path / "out", work, *ONCE, *rows, *widths, verb="plan"))
+    after = document(build(tiny_text, tmp_path / "out", work, *AGAIN, *rows, *widths, verb="plan"))
+    (path,) = work.glob("activation-bits-*/activation_bits.json")
+    found = json.loads(path.read_text())
+    told = after["allocation"]["activations_by_finished_trajectories"]
+    assert told == {key: found[key] for key in told}
+    assert told["changed"] > 0
+    assert told["rows"] > told["changed"]
+    averages = [plan["allocation"]["average_activation_bits"] for plan in (before, after)]
+    assert averages[1] <= averages[0] + 1e-6
+    planned = {layer["name"]: layer["segments"][0]["activation"] for layer in after["layers"]}
+    for name, bits in found["row_bits"].items():
+        assert planned[name].get("row_bits", [planned[name]["bits"]] * len(bits)) == bits, name
+    patterns = {tuple(np.subtract(bits, min(bits))) for bits in found["row_bits"].values() if len(bits) > 1}
+    assert len(patterns) > 1, "each has a pattern of its own"
+
+
+def test_time_projections_may_have_fewer_bits(once: Path, tiny_text: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(once, work)
+    free = ("--set", "allocation.time_projections=true")
+    plan = document(build(tiny_text, tmp_path / "out", work, *AGAIN, *free, verb="plan"))
+    bits = {layer["name"]: layer["weight_bits"] for layer in plan["layers"]}
+    assert any(width < 8 for name, width in bits.items() if name.endswith("time_emb_proj"))
+    assert all(width == 8 for name, width in bits.items() if name.startswith(("time_embedding", "conv_in", "conv_out")))
+    assert plan["allocation"]["average_weight_bits"] <= 4
+    # A boundary of one's own is taken as it is.
+    own = ("--set", 'quantization.boundary=["conv_in", "conv_out", "*.time_emb_proj"]')
+    kept = document(build(tiny_text, tmp_path / "out", work, *ONCE, *free, *own, verb="plan"))
+    assert all(item["weight_bits"] == 8 for item in kept["layers"] if item["name"].endswith("time_emb_proj"))
 
 
 def test_what_cannot_be_judged_so_is_refused(tiny_text: Path, tmp_path: Path) -> None:

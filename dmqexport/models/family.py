@@ -56,6 +56,8 @@ class Family(Protocol):
     returns_tensor: bool
     #: glob patterns of the layers that stay at 8 bit (first, last, time embedding).
     boundary: tuple[str, ...]
+    #: glob patterns of those of them that project the time embedding for a block: what they read is one curve.
+    time_projections: tuple[str, ...]
     #: glob patterns of the layers that read what is denoised.
     first_layers: tuple[str, ...]
     #: channels of the prediction that steer sampling; what exceeds them is a learned variance.
@@ -97,6 +99,7 @@ class DiffusersFamily:
     blocks: tuple[str, ...] = ()
     dynamic_axes: Mapping[str, Mapping[int, str]] = MappingProxyType({})
     returns_tensor = False
+    time_projections: tuple[str, ...] = ()
     first_layers: tuple[str, ...] = ()
 
     def planes(self, sample: Tensor) -> Tensor:

@@ -231,6 +231,24 @@ def test_bits_of_rows_leave_remainders_alone(calibrated: Calibrated, tmp_path: P
     assert len(set(plan.layer("joined").segments[0].activation.widths.tolist())) > 1  # type: ignore[union-attr]
 
 
+def test_a_tensor_may_have_bits_of_its_own_in_every_row(calibrated: Calibrated, tmp_path: Path) -> None:
+    own = {"scaled": np.array([2, 3, 4, 5, 6]), "text": np.array([7])}
+    row_bits = RowBits(np.array([1, 0, 0, 0, -1]), np.full(5, 0.2, dtype=np.float32), own)
+    denoiser, found, statistics = calibrated
+    chosen = uniform(found, W4A4, [], {}, [])
+    plan = freeze(
+        denoiser, found, chosen, statistics, ROW_MAP, None, "model", "w4a4", tmp_path / "codes", row_bits=row_bits
+    )
+    widths = {name: activation.widths.tolist() for name, activation in plan.activations()}
+    assert widths["scaled#0"] == [2, 3, 4, 5, 6]
+    assert widths["text#0"] == [7]
+    assert widths["joined#0"] == [5, 4, 4, 4, 3]  # as all others
+    macs = {info.name: info.macs for info in found.layers}
+    mean = {"scaled": 4.0, "text": 7.0}
+    average = sum(macs[name] * mean.get(name, 4.0) for name in macs if name in {at.name for at in plan.layers})
+    assert plan.allocation.average_activation_bits == pytest.approx(average / sum(macs.values()), abs=1e-6)
+
+
 def test_a_remainder_counts_twice_in_the_average(calibrated: Calibrated, tmp_path: Path) -> None:
     found = {info.name: info for info in calibrated[1].layers}
     plan = make(calibrated, tmp_path, W8A8, remainders=("conv", "text"))

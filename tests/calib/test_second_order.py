@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 from calib_fixture import TIMESTEPS, ParallelDenoiser, random_calibration, run_on
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib.bit_allocation import uniform
 from calib.freeze import freeze
 from calib.observer import Observer
 from calib.probe import probe
 from calib.range_search import search_weight
+from calib.sampling import CalibrationSet
 from calib.second_order import fit_least_squares, refine_weights, round_second_order, rounding_errors
 from calib.timestep_table import equal_groups
 from dmqexport.quant_plan import LayerQuant, QuantPlan, QuantWeights
-from dmqexport.quant_types import BitWidths
+from dmqexport.quant_types import BitWidths, dequantize_weight
 
 
 def correlated(count: int, width: int, seed: int) -> Tensor:
@@ -179,3 +180,52 @@ def test_errors_at_other_widths_are_those_of_the_codes_that_would_be_chosen(tmp_
         for layer in plan.layers
         for part in layer.segments
     )
+
+
+def test_layers_that_read_the_timestep_alone_are_right_at_other_timesteps_too(tmp_path: Path) -> None:
+    """Calibration sees three timesteps; codes fitted to those alone are far off between them."""
+
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.time, self.body = nn.Linear(32, 16), nn.Linear(8, 16)
+            self.register_buffer("waves", torch.linspace(0.05, 1.5, 16))
+
+        def curve(self, timestep: torch.Tensor) -> torch.Tensor:
+            angles = timestep.float().unsqueeze(1) * self.waves
+            return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.body(sample) + self.time(self.curve(timestep))
+
+    denoiser = Timed().eval()
+    timesteps = torch.tensor([2, 20, 38]).repeat(20)
+    inputs = {"sample": torch.randn(60, 8), "timestep": timesteps}
+    calibration = CalibrationSet(inputs, torch.arange(60) // 3, torch.arange(60) % 3)
+    rows = equal_groups(TIMESTEPS, 1)
+    found = probe(denoiser, lambda index: run_on(denoiser, calibration, index))
+    run = lambda batch: denoiser(**batch)  # noqa: E731
+    observed = Observer(found, rows, 512, seed=0, attention=False).observe(denoiser, calibration, run, 5)
+    chosen = uniform(found, BitWidths.parse("w3a8"), [], {}, [])
+    plan = freeze(denoiser, found, chosen, observed, rows, None, "model", "w3a8", tmp_path / "codes")
+
+    def errors(names: tuple[str, ...]) -> tuple[float, float]:
+        refined, codes = refine_weights(
+            denoiser, plan, QuantWeights(tmp_path / "codes"), calibration, run, 5, 0, timestep_only=names
+        )
+        weight = torch.from_numpy(dequantize_weight(codes["time#0"], refined.layer("time").segments[0].weight))
+        factor = refined.layer("time").segments[0].activation.channel_factor  # type: ignore[union-attr]
+        assert factor is None
+        change = weight - denoiser.time.weight.detach()
+
+        def of(timesteps: torch.Tensor) -> float:
+            return float((denoiser.curve(timesteps) @ change.T).square().mean())
+
+        return of(timesteps), of(torch.arange(TIMESTEPS))
+
+    here, everywhere = errors(())
+    fitted_here, fitted_everywhere = errors(("time",))
+    assert fitted_everywhere < 0.6 * everywhere
+    assert fitted_here < 0.5 * fitted_everywhere
+    assert here < fitted_here

@@ -297,6 +297,9 @@ class Calibration(Drawing):
             # The family's list covers all its variants; a pattern the user wrote must match.
             names = [layer.name for layer in self.probe_result.layers]
             patterns = [p for p in patterns if any(fnmatchcase(name, p) for name in names)]
+            if self.timestep_only:
+                free = set(self.timestep_only)
+                patterns = [name for name in names if name not in free and _matches(name, patterns)]
         overrides = {pattern: BitWidths.parse(text) for pattern, text in quantization.overrides.items()}
         return uniform(self.probe_result, self.recipe.widths, patterns, overrides, quantization.keep_float)
 
@@ -304,25 +307,17 @@ class Calibration(Drawing):
     def boundary(self) -> tuple[str, ...]:
         """Patterns of the layers that stay at 8 bits."""
         chosen = self.recipe.quantization.boundary
-        if chosen is not None:
-            return chosen
-        return tuple(name for name in self.model.family.boundary if name not in self.free_time_projections)
-
-    @property
-    def free_time_projections(self) -> tuple[str, ...]:
-        """Patterns of layers of the boundary that see the timestep alone and may have fewer bits."""
-        allocation = self.recipe.allocation
-        wanted = allocation.allocates and allocation.time_projections and self.recipe.quantization.boundary is None
-        return self.model.family.time_projections if wanted else ()
+        return tuple(self.model.family.boundary if chosen is None else chosen)
 
     @property
     def timestep_only(self) -> tuple[str, ...]:
-        """The layers that those patterns match: rounding them minds timesteps that no sampling step has, too."""
-        return tuple(
-            info.name
-            for info in self.probe_result.layers
-            if any(fnmatchcase(info.name, pattern) for pattern in self.free_time_projections)
-        )
+        """Layers that are given other bits than the boundary's though they belong to it: they see the timestep alone.
+        Rounding them minds timesteps that no sampling step has, too."""
+        allocation = self.recipe.allocation
+        if not (allocation.allocates and allocation.time_projections) or self.recipe.quantization.boundary is not None:
+            return ()
+        patterns = self.model.family.time_projections
+        return tuple(info.name for info in self.probe_result.layers if _matches(info.name, patterns))
 
     @property
     def remainder_patterns(self) -> tuple[str, ...]:
@@ -482,6 +477,10 @@ class Calibration(Drawing):
     def _denoise(self, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             return self.model.family.call(self.model.denoiser, inputs)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _unsplit(found: ProbeResult) -> ProbeResult:

@@ -49,9 +49,9 @@ class AllocationRecipe(Section):
     )
     time_projections: bool = Field(
         default=False,
-        description="also choose the bits of blocks' projections of the time embedding, which otherwise have 8: all "
-        "they ever read is one curve, so that second-order rounding leaves next to no error; not with a boundary of "
-        "your own",
+        description="also choose the bits of the projections of the time embedding (its last layer, and those in "
+        "blocks), which otherwise have 8: all they ever read is one curve, so that second-order rounding leaves next "
+        "to no error; not with a boundary of your own",
     )
     floors: dict[str, str] = Field(default_factory=dict, description="pattern → wNaM, the least; the last match wins")
     ceilings: dict[str, str] = Field(default_factory=dict, description="pattern → wNaM, the most; the last match wins")
@@ -66,8 +66,9 @@ class AllocationRecipe(Section):
     trajectories: int = Field(
         default=0,
         ge=0,
-        description="activations' bits given, allocate those of weights again by what their rounding does to where so "
-        "many trajectories end, with a gradient through the whole sampler; 0: do not; not for mixdq",
+        description="allocate again, by what rounding does to where so many trajectories end, with a gradient through "
+        "the whole sampler: activations, each in every row (with quantization.row_bits=measured), then weights; 0: do "
+        "not; not for mixdq",
     )
     pareto: bool = Field(default=False, description="also allocate at budgets around this one, for the curve")
     latency_table: str | None = Field(default=None, description="JSON, layer pattern → {w4a8: ms}, for a budget in ms")

@@ -185,8 +185,12 @@ def test_what_is_asked_for_more_takes_longer(cost: Footprint) -> None:
     assert spared["sampler"].memory < long["sampler"].memory / 2
     assert spared["sampler"].seconds > long["sampler"].seconds
     once, again = (stages_of(cost, "full", **{"allocation.mixed": True, "allocation.trajectories": n}) for n in (0, 32))
-    assert set(again) - set(once) == {"weight-bits"}
-    assert again["weight-bits"].forward_seconds > 32 * 20 * 2 * once["trajectory-ends"].forward_seconds / (1024 * 40)
+    assert set(again) - set(once) == {"activation-bits", "weight-bits"}
+    a_trajectory = once["trajectory-ends"].forward_seconds / 1024
+    assert again["weight-bits"].forward_seconds > 32 * a_trajectory
+    assert again["activation-bits"].forward_seconds == pytest.approx(32 * a_trajectory)
+    even = stages_of(cost, "full", **{"allocation.mixed": True, "quantization.row_bits": "even"})
+    assert "activation-bits" not in even
     few, many = (stages_of(cost, "default", **{"allocation.mixed": True, "allocation.entries": n}) for n in (40, 160))
     assert many["sensitivity"].seconds == pytest.approx(4 * few["sensitivity"].seconds, rel=0.1)
     eight = {"bits": "w8a8", "quantization.remainder_share": 0.1}

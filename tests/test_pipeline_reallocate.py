@@ -119,7 +119,7 @@ def test_tensors_get_bits_of_their_own_in_each_row_and_keep_the_average(
     assert told["changed"] > 0
     assert told["rows"] > told["changed"]
     averages = [plan["allocation"]["average_activation_bits"] for plan in (before, after)]
-    assert averages[1] <= averages[0] + 1e-6
+    assert averages[0] - 0.05 <= averages[1] <= 4, "what allocation before it left is spent, and no more"
     planned = {layer["name"]: layer["segments"][0]["activation"] for layer in after["layers"]}
     for name, bits in found["row_bits"].items():
         assert planned[name].get("row_bits", [planned[name]["bits"]] * len(bits)) == bits, name
@@ -134,7 +134,8 @@ def test_time_projections_may_have_fewer_bits(once: Path, tiny_text: Path, tmp_p
     plan = document(build(tiny_text, tmp_path / "out", work, *AGAIN, *free, verb="plan"))
     bits = {layer["name"]: layer["weight_bits"] for layer in plan["layers"]}
     assert any(width < 8 for name, width in bits.items() if name.endswith("time_emb_proj"))
-    assert all(width == 8 for name, width in bits.items() if name.startswith(("time_embedding", "conv_in", "conv_out")))
+    ends = ("time_embedding.linear_1", "conv_in", "conv_out")
+    assert all(bits[name] == 8 for name in ends)
     assert plan["allocation"]["average_weight_bits"] <= 4
     # A boundary of one's own is taken as it is.
     own = ("--set", 'quantization.boundary=["conv_in", "conv_out", "*.time_emb_proj"]')

@@ -56,7 +56,7 @@ class Family(Protocol):
     returns_tensor: bool
     #: glob patterns of the layers that stay at 8 bit (first, last, time embedding).
     boundary: tuple[str, ...]
-    #: glob patterns of those of them that project the time embedding for a block: what they read is one curve.
+    #: glob patterns of those of them that project the time embedding, for all blocks or one: what they read is a curve.
     time_projections: tuple[str, ...]
     #: glob patterns of the layers that read what is denoised.
     first_layers: tuple[str, ...]

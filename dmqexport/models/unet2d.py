@@ -13,8 +13,8 @@ class UNet2DFamily(DiffusersFamily):
     class_name = "UNet2DModel"
     component = "unet"
     positional: tuple[str, ...] = ("sample", "timestep", "class_labels")
-    time_projections: tuple[str, ...] = ("*.time_emb_proj",)
-    boundary: tuple[str, ...] = ("conv_in", "conv_out", "time_embedding.*", *time_projections)
+    time_projections: tuple[str, ...] = ("time_embedding.linear_2", "*.time_emb_proj")
+    boundary: tuple[str, ...] = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
     first_layers: tuple[str, ...] = ("conv_in",)
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:

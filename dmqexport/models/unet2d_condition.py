@@ -20,7 +20,7 @@ class UNet2DConditionFamily(DiffusersFamily):
     positional: tuple[str, ...] = ("sample", "timestep", "encoder_hidden_states")
     nested: Mapping[str, str]
     boundary: tuple[str, ...]
-    time_projections: tuple[str, ...] = ("*.time_emb_proj",)
+    time_projections: tuple[str, ...] = ("time_embedding.linear_2", "*.time_emb_proj")
     first_layers: tuple[str, ...] = ("conv_in",)
 
     def __init__(self, config: Config, size: tuple[int, int] | None = None) -> None:
@@ -47,7 +47,7 @@ class UNet2DConditionFamily(DiffusersFamily):
         self.embeddings: tuple[str, ...] = ("encoder_hidden_states", *names[:1])
         self.prediction_channels = self._shape[0]
         added_layers = ("add_embedding.*",) if self._added else ()
-        self.boundary = ("conv_in", "conv_out", "time_embedding.*", *added_layers, *self.time_projections)
+        self.boundary = ("conv_in", "conv_out", "time_embedding.*", *added_layers, "*.time_emb_proj")
 
     def example_inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
         """sample float32 [batch, C, H, W], timestep int64 [batch], encoder_hidden_states float32 [batch, tokens, D].

@@ -1,11 +1,11 @@
 """What rounding each weight does to where trajectories end.
 
-The error of a rounded weight is the same at every step of a sampler, so that its effects add up over the steps, while
-those of rounded activations, which differ from call to call, mostly do not. What judges single calls therefore makes
-too little of weights' errors, and less of some layers' than of others'. Here the gradient of finished latents with
-respect to each weight runs back through the whole sampler: for a small change δW and a random direction v of the
-latents, <Jᵀv, δW>² is an unbiased estimate of what the change does to them, squared (as in calib/sketch.py, with a
-weight in the place of a layer's output).
+The error of a rounded weight is the same at every step of a sampler, so that its effects add up over the steps; those
+of rounded activations differ from call to call and add up less (calib/finished_activations.py). What judges single
+calls therefore makes too little of weights' errors, and less of some layers' than of others'. Here the gradient of
+finished latents with respect to each weight runs back through the whole sampler: for a small change δW and a random
+direction v of the latents, <Jᵀv, δW>² is an unbiased estimate of what the change does to them, squared (as in
+calib/sketch.py, with a weight in the place of a layer's output).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

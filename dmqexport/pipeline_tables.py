@@ -45,8 +45,8 @@ class TableAllocating(RowAllocating):
 
     @property
     def tabulates(self) -> bool:
-        """Whether activations get theirs so: rows must be free to differ."""
-        return self.reallocates and super().row_bits is not None
+        """Whether activations get theirs so: rows must be free to differ, and some tensor to have other bits."""
+        return self.reallocates and super().row_bits is not None and bool(self._free_tensors[0])
 
     @property
     def row_bits(self) -> RowBits | None:

@@ -2,10 +2,13 @@
 
 A layer's output error depends on the quantized input x̂, not on x. Least squares first moves the weight to
 W* = W (E[x x̂ᵀ] + λI)(E[x̂ x̂ᵀ] + λI)⁻¹, which uses the correlation of neighbouring inputs against their quantization
-noise; then columns are rounded one by one, each rounding error spread over the columns still open (GPTQ,
-arXiv:2210.17323, Algorithm 1, in its Cholesky form). That only ever looks forward, so codes are then improved one
-column at a time, all others given, and scales fitted to them: half a decibel less error in the bundled model's layers.
-Nothing is trained and nothing changes at run time.
+noise. That is best for single calls; but it also shortens what a layer says, as regression on noisy inputs does, alike
+at every step, and over a sampler that adds up: trajectories end nearer where W stays as it is (`refit`).
+
+Then columns are rounded one by one, each rounding error spread over the columns still open (GPTQ, arXiv:2210.17323,
+Algorithm 1, in its Cholesky form). That only ever looks forward, so codes are then improved one column at a time, all
+others given, and scales fitted to them: half a decibel less error in the bundled model's layers. Nothing is trained and
+nothing changes at run time.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -48,6 +51,7 @@ def refine_weights(
     progress: Callable[[int, int], None] | None = None,
     memory: int = MEMORY_BYTES,
     timestep_only: Collection[str] = (),
+    refit: bool = True,
 ) -> tuple[QuantPlan, dict[str, CodeArray]]:
     """Return the plan with refitted weight scales, and every weight's codes keyed `layer#segment`.
 
@@ -55,13 +59,14 @@ def refine_weights(
     compensated within a block. Layers are taken in groups whose moments fit `memory` bytes (one layer may exceed it),
     however large the model is: one pass over `calibration` each. timestep_only: layers that read nothing but the
     timestep; they are also fitted to timesteps all over the table, so that a sampler of other steps finds them right.
+    refit: move weights to W* before they are rounded.
     """
     chosen = [layer for layer in plan.layers if refinable(denoiser, layer.name)]
     refined: dict[str, LayerQuant] = {}
     codes: dict[str, CodeArray] = {}
     observed = _observed(denoiser, plan, chosen, calibration, run, batch_size, seed, progress, memory, timestep_only)
     for layer, moments in observed:
-        refined[layer.name] = _refine(denoiser, layer, moments, codes)
+        refined[layer.name] = _refine(denoiser, layer, moments, codes, refit)
     for layer in plan.layers:
         for index in range(len(layer.segments)):
             key = f"{layer.name}#{index}"
@@ -81,18 +86,19 @@ def rounding_errors(
     progress: Callable[[int, int], None] | None = None,
     memory: int = MEMORY_BYTES,
     timestep_only: Collection[str] = (),
+    refit: bool = True,
 ) -> Iterator[tuple[str, dict[int, Tensor]]]:
     """What `refine_weights` would leave at other widths: layer, and bits → rounded less refitted weight, in its shape.
 
     widths: layer → its candidates; of layers that `refinable` says no to, nothing comes. Activations are the plan's;
-    timestep_only as there.
+    timestep_only and refit as there.
     """
     chosen = [layer for layer in plan.layers if layer.name in widths and refinable(denoiser, layer.name)]
     observed = _observed(denoiser, plan, chosen, calibration, run, batch_size, seed, progress, memory, timestep_only)
     for layer, moments in observed:
         parts: dict[int, list[Tensor]] = {bits: [] for bits in widths[layer.name]}
         weight = denoiser.get_submodule(layer.name).get_parameter("weight")
-        for _, part, factor, blocks in _fitted(denoiser, layer, moments):
+        for _, part, factor, blocks in _fitted(denoiser, layer, moments, refit):
             fitted = torch.cat([block.weight.T for block in blocks], dim=1)
             for bits, found in parts.items():
                 codes, qparams = _round(blocks, bits)
@@ -236,11 +242,11 @@ def _observe(
 
 
 def _refine(
-    denoiser: nn.Module, layer: LayerQuant, moments: dict[str, Moments], codes: dict[str, CodeArray]
+    denoiser: nn.Module, layer: LayerQuant, moments: dict[str, Moments], codes: dict[str, CodeArray], refit: bool
 ) -> LayerQuant:
     """The layer with refitted scales; takes its moments out of `moments`, which are the most that is in memory."""
     segments = []
-    for index, part, _, blocks in _fitted(denoiser, layer, moments):
+    for index, part, _, blocks in _fitted(denoiser, layer, moments, refit):
         rounded, qparams = _round(blocks, layer.segments[index].weight.bits)
         codes[f"{layer.name}#{index}"] = rounded.reshape(part.shape).to(torch.int8).numpy()
         segments.append(replace(layer.segments[index], weight=qparams))
@@ -248,9 +254,10 @@ def _refine(
 
 
 def _fitted(
-    denoiser: nn.Module, layer: LayerQuant, moments: dict[str, Moments]
+    denoiser: nn.Module, layer: LayerQuant, moments: dict[str, Moments], refit: bool
 ) -> Iterator[tuple[int, Tensor, Tensor | None, list["_Block"]]]:
-    """Of every segment: its index, its columns of the weight, times its channel factor, that factor, and the refit."""
+    """Of every segment: its index, its columns of the weight, times its channel factor, that factor, and the refit
+    (without `refit`, the weight itself)."""
     weight = denoiser.get_submodule(layer.name).get_parameter("weight").detach().cpu()
     for index, segment in enumerate(layer.segments):
         part, factor = weight[:, segment.start : segment.stop], None
@@ -260,7 +267,8 @@ def _fitted(
         found, columns, blocks = moments.pop(f"{layer.name}#{index}"), part.flatten(1), []
         for start, stop in found.spans:
             quantized, mixed = found.pop()
-            blocks.append(_fit(columns[:, start:stop], quantized, mixed))
+            some = columns[:, start:stop]
+            blocks.append(_fit(some, quantized, mixed) if refit else _as_it_is(some, quantized))
         yield index, part, factor, blocks
 
 
@@ -290,6 +298,11 @@ def _raised(square: Tensor, by: float) -> Tensor:
 def fit_least_squares(weight: Tensor, quantized: Tensor, mixed: Tensor) -> Tensor:
     """The weight [out, k] that best maps quantized inputs to float outputs. weight [out, k]; both moments [k, k]."""
     return _fit(weight, quantized, mixed).weight.T
+
+
+def _as_it_is(weight: Tensor, quantized: Tensor) -> _Block:
+    moment, rows = _raised(quantized, _damping(quantized)), weight.T.contiguous()
+    return _Block(rows, moment, moment @ rows)
 
 
 def _fit(weight: Tensor, quantized: Tensor, mixed: Tensor) -> _Block:

@@ -119,6 +119,11 @@ class QuantizationRecipe(Section):
         default="calibration", description="trajectories that second-order rounding fits: the more captions, the better"
     )
     refine_entries: int = Field(default=2048, ge=1, description="how many of their points it sees")
+    refit: bool = Field(
+        default=True,
+        description="move weights to what least squares says of the quantized inputs, before they are rounded: less "
+        "error of single calls, but shorter answers at every step, which shows where trajectories end",
+    )
     row_bits: Literal["even", "measured"] = Field(
         default="even",
         description="measured: timestep rows whose error shows in the picture get more activation bits, others fewer",

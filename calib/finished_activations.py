@@ -119,6 +119,7 @@ def finished_activations(
     handles.append(follow_timesteps(denoiser, context, measurement.new_call))
     with removing(handles), only_gradients_of(denoiser, []), torch.enable_grad():
         finished = draw()
+        measurement.new_call()  # else tensors, the graph behind them and this would keep each other
         if not finished.requires_grad:
             raise CalibrationError("no gradient reaches activations from the finished latents; they cannot be judged")
         for probe in range(probes):

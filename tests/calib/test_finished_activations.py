@@ -1,5 +1,7 @@
 """What rounding activations does to where trajectories end: unbiased, row by row, readers of one tensor together."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from calib.finished_activations import (
     mean_activation_errors,
     save_activation_errors,
 )
+from calib.probe import removing
 from calib.quantizer import RowContext
 from dmqexport.errors import CalibrationError
 
@@ -127,6 +130,19 @@ def test_nothing_of_the_model_is_left_changed() -> None:
     assert not denoiser.second.weight.requires_grad
     assert torch.equal(draw(denoiser, start), before)
     assert not denoiser.first._forward_pre_hooks
+
+
+def test_nothing_of_a_trajectory_is_left_in_memory() -> None:
+    denoiser, kept = Denoiser().eval(), []
+
+    def observed(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        kept.append(weakref.ref(args[0]))
+
+    with removing([denoiser.first.register_forward_hook(observed)]):
+        measured(denoiser, torch.randn(1, 4), 2)
+    gc.collect()
+    assert len(kept) == ROWS
+    assert all(reference() is None for reference in kept)
 
 
 def test_what_cannot_be_judged_is_told() -> None:

@@ -229,3 +229,34 @@ def test_layers_that_read_the_timestep_alone_are_right_at_other_timesteps_too(tm
     assert fitted_everywhere < 0.6 * everywhere
     assert fitted_here < 0.5 * fitted_everywhere
     assert here < fitted_here
+
+
+def test_weights_that_are_not_refitted_are_rounded_where_they_are(tmp_path: Path) -> None:
+    """Coarse activations, fine weights: what least squares would change is plain to see."""
+    torch.manual_seed(0)
+    denoiser, calibration, rows = ParallelDenoiser().eval(), random_calibration(20), equal_groups(TIMESTEPS, 5)
+    found = probe(denoiser, lambda index: run_on(denoiser, calibration, index))
+    run = lambda batch: denoiser(**batch)  # noqa: E731
+    observed = Observer(found, rows, 512, seed=0, attention=False).observe(denoiser, calibration, run, 5)
+    chosen = uniform(found, BitWidths.parse("w8a2"), [], {}, [])
+    plan = freeze(denoiser, found, chosen, observed, rows, None, "model", "w8a2", tmp_path / "codes")
+    weights = QuantWeights(tmp_path / "codes")
+
+    def distances(refit: bool) -> dict[str, float]:
+        refined, codes = refine_weights(denoiser, plan, weights, calibration, run, 5, 0, refit=refit)
+        apart = {}
+        for layer in refined.layers:
+            parts = [
+                torch.from_numpy(dequantize_weight(codes[f"{layer.name}#{index}"], segment.weight))
+                for index, segment in enumerate(layer.segments)
+            ]
+            weight = denoiser.get_submodule(layer.name).get_parameter("weight").detach()
+            apart[layer.name] = float((torch.cat(parts, dim=1) - weight).norm() / weight.norm())
+        return apart
+
+    moved, kept = distances(refit=True), distances(refit=False)
+    assert all(kept[name] < 0.05 for name in kept), kept
+    assert all(moved[name] > 2 * kept[name] for name in ("scaled", "joined")), (moved, kept)
+    errors = dict(rounding_errors(denoiser, plan, {"scaled": (8,)}, calibration, run, 5, 0, refit=False))
+    weight = denoiser.get_submodule("scaled").get_parameter("weight").detach()
+    assert float(errors["scaled"][8].norm() / weight.norm()) == pytest.approx(kept["scaled"], rel=1e-3)

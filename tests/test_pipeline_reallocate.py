@@ -130,7 +130,7 @@ def test_tensors_get_bits_of_their_own_in_each_row_and_keep_the_average(
 def test_without_a_choice_of_widths_activations_stay_as_they_are(once: Path, tiny_text: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(once, work)
-    only = ("--set", "quantization.row_bits=measured", "--set", "allocation.activation_bits=[4]", "--bits", "w4a4")
+    only = ("--set", "quantization.row_bits=measured", "--set", "allocation.activation_bits=[4]", "--bits", "w4a6")
     plan = document(build(tiny_text, tmp_path / "out", work, *AGAIN, *only, verb="plan"))
     assert not list(work.glob("activation-bits-*"))
     assert "activations_by_finished_trajectories" not in plan["allocation"]

@@ -141,8 +141,7 @@ class TableAllocating(RowAllocating):
             able = sorted(width for width in offered if width is not None and width <= most)
             if len(able) > 1:
                 source = infos[group[0]].source
-                readers.setdefault(source, []).extend(group)
-                widths[source] = able
+                readers[source], widths[source] = list(group), able  # layers that may choose are one group a tensor
         return readers, widths
 
     def _spare(self, common: RowBits) -> float:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from calib.observer import ATTENTION_OPERANDS, ActivationStatistics
 from calib.probe import LayerInfo, ProbeResult
-from calib.range_search import RangeMethod, search_activation, search_centered, search_unsigned, search_weight
+from calib.range_search import (
+    RangeMethod,
+    length_gain,
+    search_activation,
+    search_centered,
+    search_unsigned,
+    search_weight,
+)
 from calib.weight_dilation import scaled_columns
 from dmqexport.quant_plan import (
     Allocation,
@@ -238,20 +245,26 @@ def _activation(
     """widths: bits of every row."""
     widths = widths.copy()
     scale, zero_point = torch.zeros(len(widths)), torch.zeros(len(widths), dtype=torch.int64)
+    gain = torch.ones(len(widths))
     for width in np.unique(widths):
         own = torch.from_numpy(np.flatnonzero(widths == width))
         found = search_activation(
             observed.values[own], observed.weights[own], observed.low[own], observed.high[own], int(width), search
         )
         scale[own], zero_point[own] = found.scale, found.zero_point
+        # 8 bits have no error worth it. One row has no rescaling after the operator, and would need one.
+        if search == "unbiased" and width < MAX_BITS and len(widths) > 1:
+            gain[own] = length_gain(
+                observed.values[own], observed.weights[own], found.scale, found.zero_point, int(width)
+            )
     dead = observed.high <= observed.low
     if bool(dead.any()) and not bool(dead.all()):
         # A row that saw only one value has no range; it takes the widest live one, which can hold whatever comes and
         # does not drag the tables' common scale to nothing.
         widest = int(torch.where(dead, torch.zeros_like(scale), scale).argmax())
-        scale[dead], zero_point[dead] = scale[widest], zero_point[widest]
+        scale[dead], zero_point[dead], gain[dead] = scale[widest], zero_point[widest], gain[widest]
         widths[dead.numpy()] = widths[widest]
-    return ActivationQuant.from_rows(widths, scale.numpy(), zero_point.numpy(), factor)
+    return ActivationQuant.from_rows(widths, scale.numpy(), zero_point.numpy(), factor, gain.numpy())
 
 
 def _first_of_two(observed: ActivationStatistics, factor: FloatArray | None) -> ActivationQuant:
@@ -285,7 +298,7 @@ def _freeze_attention(
         width = MAX_BITS if operand == "probability" else bits
         if operand == "probability":
             found = search_unsigned(observed.values, observed.weights, observed.high, width, search)
-        elif width == MAX_BITS and search == "mse":
+        elif width == MAX_BITS and search != "minmax":
             found = search_centered(observed.values, observed.weights, observed.low, observed.high, width)
         else:
             found = search_activation(observed.values, observed.weights, observed.low, observed.high, width, search)

@@ -24,8 +24,14 @@ _SHORT, _QUICK_COLUMNS, _FITTED_COLUMNS = 512, 2048, 4096
 # A shifted 8-bit tensor costs an addition on both sides of the operator; it must pay for it.
 _SHIFT_MUST_GAIN = 0.8
 
-#: mse: the range of least weighted squared error; minmax: everything that was observed.
-RangeMethod = Literal["mse", "minmax"]
+# Beyond ranges of least squared error: what they clip is clipped at every step, and in every layer, the same way. Where
+# trajectories of the bundled model end it counts for fifteen times its share of the error, what is rounded for two.
+_WIDER = 1.1
+_MOST_GAIN = 2.0
+
+#: mse: the range of least weighted squared error; unbiased: activations of up to 7 bits get somewhat wider ranges, and
+#: values get back the length that clipping and rounding take (`length_gain`); minmax: everything that was observed.
+RangeMethod = Literal["mse", "unbiased", "minmax"]
 
 
 @dataclass(frozen=True)
@@ -194,18 +200,38 @@ def search_activation(
     if search == "minmax":
         return span_activation(values, weights, low, high, bits)
     if bits < MAX_BITS:
-        return search_asymmetric(values, weights, low, high, bits)
+        found = search_asymmetric(values, weights, low, high, bits)
+        if search == "mse":
+            return found
+        scale = found.scale * _WIDER
+        return RangeResult(scale, found.zero_point, quantization_error(values, weights, scale, found.zero_point, bits))
     centered = search_centered(values, weights, low, high, bits)
     shifted = search_asymmetric(values, weights, low, high, bits)
     gain = float(shifted.error.sum()) / max(float(centered.error.sum()), 1e-30)
     return shifted if gain < _SHIFT_MUST_GAIN else centered
 
 
+def length_gain(values: Tensor, weights: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """What the values of codes must be multiplied with, in every row, so that Σ x · value = Σ x²; float32 [rows].
+
+    Clipping and rounding to the nearest leave x̂ = αx + noise with α < 1: 1 % at 4 bits, a tenth at 2. A sampler's steps
+    add such an error up, where they forget noise. values, weights [rows, n]; scale, zero_point [rows]. 1 where a row
+    has nothing but zeros, or none of its codes says anything.
+    """
+    low = -zero_point.unsqueeze(1)
+    codes = torch.minimum(torch.maximum(torch.round(values / scale.unsqueeze(1)), low), low + 2**bits - 1)
+    along = (weights * values * codes * scale.unsqueeze(1)).sum(dim=1, dtype=torch.float64)
+    power = (weights * values.square()).sum(dim=1, dtype=torch.float64)
+    known = (along > 0) & (power > 0)
+    gain = torch.where(known, power / along.clamp_min(1e-30), torch.ones_like(power))
+    return gain.clamp(1 / _MOST_GAIN, _MOST_GAIN).to(torch.float32)
+
+
 def search_unsigned(
     values: Tensor, weights: Tensor, high: Tensor, bits: int, search: RangeMethod = "mse"
 ) -> RangeResult:
     """Best scale of each row of a tensor that is never negative, such as probabilities; zero_point 0 in every row."""
-    find = search_asymmetric if search == "mse" else _evaluate
+    find = _evaluate if search == "minmax" else search_asymmetric
     return find(values, weights, torch.zeros_like(high), high, bits)
 
 

@@ -151,7 +151,7 @@ class Tables(nn.Module):
             zero_point = torch.minimum(moved.clamp_min(0), 2 ** torch.from_numpy(plan.widths.copy()) - 1).to(
                 torch.int64
             )
-        found = ActivationQuant.from_rows(plan.widths, scale.numpy(), zero_point.numpy())
+        found = ActivationQuant.from_rows(plan.widths, scale.numpy(), zero_point.numpy(), gain=plan.gain)
         return replace(found, channel_factor=plan.channel_factor)
 
 
@@ -181,6 +181,7 @@ class TrainableActivation:
         self.name, self.plan, self.tables, self.remainder = name, plan, tables, remainder
         self.index = tables.add(plan)
         self._factor = None if plan.channel_factor is None else torch.from_numpy(plan.channel_factor.copy())
+        self._gain = None if plan.gain is None else torch.from_numpy(plan.gain.copy())
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -202,8 +203,18 @@ class TrainableActivation:
         if self.remainder:
             rest = (tensor if factor is None else tensor / factor) - result
             result = result + fake_quantize(rest, parts[0] / REMAINDER_STEPS, *parts[1:], None, found.ends)
+        if self._gain is not None:
+            result = result * self._gain_of(result)
         self._last = (tensor, result)
         return result
+
+    def _gain_of(self, tensor: Tensor) -> Tensor | float:
+        """The gain of every sample's row; a number where they have one: it stays what the plan says."""
+        assert self._gain is not None
+        rows = self.tables.context.rows if len(self._gain) > 1 else torch.zeros(1, dtype=torch.int64)
+        if bool((rows == rows[0]).all()):
+            return float(self._gain[rows[0]])
+        return self._gain[rows].reshape(-1, *([1] * (tensor.ndim - 1)))
 
     def forget(self) -> None:
         """Drop the memory of the last tensor."""

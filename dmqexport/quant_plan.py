@@ -359,6 +359,9 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
         }  # fmt: skip
         if activation.row_bits is not None:
             entry["row_bits"] = activation.row_bits.tolist()
+        if activation.gain is not None:
+            arrays[f"{key}.gain"] = np.asarray(activation.gain)
+            entry["gains"] = len(activation.gain)
         if activation.channel_factor is not None:
             arrays[f"{key}.channel_factor"] = np.asarray(activation.channel_factor)
             entry["channel_factors"] = len(activation.channel_factor)
@@ -442,6 +445,7 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
             float(entry["scale_ref"]),
             arrays[f"{key}.channel_factor"] if "channel_factors" in entry else None,
             np.asarray(entry["row_bits"], dtype=np.int64) if "row_bits" in entry else None,
+            arrays[f"{key}.gain"] if "gains" in entry else None,
         )
 
     def required(key: str, entry: Mapping[str, Any]) -> ActivationQuant:

@@ -109,6 +109,8 @@ class ActivationQuant:
     row_bits: int64 [rows], or None when every row has `bits`: rows may be narrower or wider than each other (DMQ's
     allocation a timestep group), up to 7 bits, since a row's bits are nothing but the ends of its clip; `bits` is then
     the widest row's.
+    gain: float32 [rows] > 0, or None for ones: the value of a code is code · scale · gain. It has no part in rounding;
+    the rescaling that follows the operator anyway holds it.
     """
 
     bits: int
@@ -117,6 +119,7 @@ class ActivationQuant:
     scale_ref: float
     channel_factor: FloatArray | None = None
     row_bits: IntArray | None = None
+    gain: FloatArray | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "activation")
@@ -132,6 +135,10 @@ class ActivationQuant:
         _check_qparams(self.bits if self.row_bits is None else self.row_bits, self.scale, self.zero_point)
         if not (np.isfinite(self.scale_ref) and self.scale_ref > 0):
             raise ValueError(f"scale_ref must be positive and finite, got {self.scale_ref}")
+        if self.gain is not None:
+            object.__setattr__(self, "gain", frozen_array(self.gain, np.float32))
+            if self.gain.shape != self.scale.shape or not bool(np.all(np.isfinite(self.gain) & (self.gain > 0))):
+                raise ValueError(f"gain must be positive and finite, one a row of {len(self.scale)}, got {self.gain}")
 
     @classmethod
     def from_rows(
@@ -140,23 +147,28 @@ class ActivationQuant:
         scale: npt.ArrayLike,
         zero_point: npt.ArrayLike,
         channel_factor: npt.ArrayLike | None = None,
+        gain: npt.ArrayLike | None = None,
     ) -> "ActivationQuant":
         """Build from per-row arrays [rows]; equal rows collapse to one, scale_ref is their geometric mean.
 
-        bits: of every row, or [rows]; channel_factor [channels]: a factor of nothing but ones is none.
+        bits: of every row, or [rows]; channel_factor [channels] and gain [rows]: nothing but ones is none.
         """
         widths = np.asarray(bits, dtype=np.int64).reshape(-1)
         even = bool(np.all(widths == widths[0]))
         scales = np.asarray(scale, dtype=np.float32).reshape(-1)
         zeros = np.asarray(zero_point, dtype=np.int64).reshape(-1)
-        if even and bool(np.all(scales == scales[0])) and bool(np.all(zeros == zeros[0])):
-            scales, zeros = scales[:1], zeros[:1]
+        gains = None if gain is None else np.asarray(gain, dtype=np.float32).reshape(-1)
+        if gains is not None and bool(np.all(gains == 1)):
+            gains = None
+        same_gain = gains is None or bool(np.all(gains == gains[0]))
+        if even and same_gain and bool(np.all(scales == scales[0])) and bool(np.all(zeros == zeros[0])):
+            scales, zeros, gains = scales[:1], zeros[:1], None if gains is None else gains[:1]
         constant = bool(np.all(scales == scales[0]))
         reference = scales[0] if constant else np.float32(np.exp(np.mean(np.log(scales.astype(np.float64)))))
         factor = None if channel_factor is None else np.asarray(channel_factor, dtype=np.float32)
         if factor is not None and bool(np.all(factor == 1)):
             factor = None
-        return cls(int(widths.max()), scales, zeros, float(reference), factor, None if even else widths)
+        return cls(int(widths.max()), scales, zeros, float(reference), factor, None if even else widths, gains)
 
     @property
     def rows(self) -> int:
@@ -169,14 +181,15 @@ class ActivationQuant:
         return np.full(self.rows, self.bits, dtype=np.int64) if self.row_bits is None else self.row_bits
 
     def same_as(self, other: "ActivationQuant") -> bool:
-        """Whether both quantize any tensor to the same codes."""
+        """Whether both quantize any tensor to the same codes, which stand for the same values."""
         return (
             self.bits == other.bits
             and self.scale_ref == other.scale_ref
             and np.array_equal(self.scale, other.scale)
             and np.array_equal(self.zero_point, other.zero_point)
             and np.array_equal(self.widths, other.widths)
-            and _factor_bytes(self) == _factor_bytes(other)
+            and _bytes(self.channel_factor) == _bytes(other.channel_factor)
+            and _bytes(self.gain) == _bytes(other.gain)
         )
 
     def constants(self) -> "RowConstants":
@@ -186,18 +199,19 @@ class ActivationQuant:
         shift = self.zero_point - CENTERED_ZERO_POINT if self.bits == MAX_BITS else np.zeros_like(self.zero_point)
         shift32 = shift.astype(np.float32)
         rho = reference / self.scale
+        value = self.scale if self.gain is None else self.scale * self.gain
         if self.channel_factor is not None:
             rho = rho[:, np.newaxis] / self.channel_factor
         return RowConstants(
             scale_ref=float(reference),
             rho=frozen_array(rho, np.float32),
-            inv_rho=frozen_array(self.scale / reference, np.float32),
+            inv_rho=frozen_array(value / reference, np.float32),
             lo=frozen_array(quant_min.astype(np.float32) * reference, np.float32),
             hi=frozen_array(quant_max.astype(np.float32) * reference, np.float32),
             shift=frozen_array(shift32 * reference, np.float32),
-            correction=frozen_array(shift32 * self.scale, np.float32),
+            correction=frozen_array(shift32 * value, np.float32),
             has_rho=bool(np.any(rho != 1)),
-            has_rescale=bool(np.any(self.scale != reference)),
+            has_rescale=bool(np.any(value != reference)),
             has_clip=self.bits < MAX_BITS,
             has_shift=bool(np.any(shift != 0)),
         )
@@ -266,8 +280,8 @@ def dequantize_weight(codes: CodeArray, qparams: WeightQuant) -> FloatArray:
     return values
 
 
-def _factor_bytes(qparams: ActivationQuant) -> bytes:
-    return b"" if qparams.channel_factor is None else qparams.channel_factor.tobytes()
+def _bytes(array: FloatArray | None) -> bytes:
+    return b"" if array is None else array.tobytes()
 
 
 def check_channel_factor(factor: FloatArray) -> None:

@@ -109,8 +109,10 @@ class QuantizationRecipe(Section):
         description="w8a8: share of the multiply-accumulates that may be done twice, for remainders of the activations "
         "whose rounding costs the output most (measured as allocation.metric says)",
     )
-    range: Literal["mse", "minmax"] = Field(
-        default="mse", description="mse: ranges of least squared error; minmax: all that was observed, as a baseline"
+    range: Literal["mse", "unbiased", "minmax"] = Field(
+        default="mse",
+        description="mse: ranges of least squared error; unbiased: somewhat wider, and activations of up to 7 bits get "
+        "back the length that clipping and rounding take; minmax: all that was observed, as a baseline",
     )
     rounding: Literal["nearest", "second-order"] = Field(
         default="second-order", description="second-order: refit to quantized inputs, then compensate rounding (GPTQ)"

@@ -90,12 +90,22 @@ class PlanSampler:
         self.random = np.random.default_rng(seed)
         self.rows = rows
         self.row_map = self.random.integers(0, rows, TIMESTEPS)
-        self.remaining = np.random.default_rng([seed, 1])  # of its own: the plans of old seeds stay what they were
+        # Of their own: the plans of old seeds stay what they were.
+        self.remaining, self.gaining = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
 
     def activation(
         self, bits: int, low: float, high: float, *, centered: bool = False, channels: int | None = None
     ) -> ActivationQuant:
-        """A quantizer of roughly [low, high]; `centered` keeps zero at the middle code, `channels` may get factors."""
+        """A quantizer of roughly [low, high]; `centered` keeps zero at the middle code, `channels` may get factors.
+        Two of five have a gain in every row."""
+        found = self._without_gain(bits, low, high, centered, channels)
+        if self.gaining.random() < 0.6:
+            return found
+        return replace(found, gain=self.gaining.uniform(0.7, 1.4, found.rows).astype(np.float32))
+
+    def _without_gain(
+        self, bits: int, low: float, high: float, centered: bool, channels: int | None
+    ) -> ActivationQuant:
         levels = 2**bits - 1
         rows = int(self.random.choice([1, self.rows]))
         span = max(high, 0.0) - min(low, 0.0) + 1e-3

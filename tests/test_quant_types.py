@@ -1,5 +1,7 @@
 """Properties of the one quantizer: the float32 constants give exactly the asymmetric b-bit quantizer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -284,6 +286,36 @@ def test_only_centered_8_bit_codes_have_a_remainder(qparams: ActivationQuant) ->
         remainder_of(qparams)
 
 
+@given(st.lists(scales, min_size=1, max_size=20), narrow_bits, st.data())
+@fixed
+def test_a_gain_multiplies_values_and_no_code(row_scales: list[float], bits: int, data: st.DataObject) -> None:
+    count = len(row_scales)
+    zero = data.draw(st.lists(zero_points(bits), min_size=count, max_size=count))
+    gain = data.draw(st.lists(st.floats(0.5, 2.0, width=32), min_size=count, max_size=count))
+    plain = ActivationQuant(bits, row_scales, zero, row_scales[0])
+    gained = replace(plain, gain=gain)
+    before, after = plain.constants(), gained.constants()
+    for name in ("rho", "lo", "hi", "shift", "scale_ref"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+    wanted = before.inv_rho.astype(np.float64) * np.asarray(gain)
+    np.testing.assert_allclose(after.inv_rho, wanted, rtol=2.0**-22)
+    assert after.has_rescale == bool(np.any(after.inv_rho != 1))
+
+
+def test_gains_make_rows_differ_and_ones_are_none() -> None:
+    assert ActivationQuant.from_rows(4, [0.5, 0.5], [3, 3], gain=[1.0, 1.0]).gain is None
+    same = ActivationQuant.from_rows(4, [0.5, 0.5], [3, 3], gain=[1.25, 1.25])
+    assert same.rows == 1
+    assert same.constants().inv_rho.tolist() == [1.25]
+    assert ActivationQuant.from_rows(4, [0.5, 0.5], [3, 3], gain=[1.0, 1.25]).rows == 2
+
+
+@pytest.mark.parametrize("gain", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf"), 1.0]])
+def test_impossible_gains_are_refused(gain: list[float]) -> None:
+    with pytest.raises(ValueError, match="gain must be positive and finite, one a row of 2"):
+        ActivationQuant(4, [0.5, 0.25], [3, 3], 0.5, gain=gain)
+
+
 def test_same_as_sees_every_field() -> None:
     base = ActivationQuant(4, [0.1, 0.2], [3, 4], 0.15)
     assert base.same_as(ActivationQuant(4, [0.1, 0.2], [3, 4], 0.15))
@@ -294,6 +326,7 @@ def test_same_as_sees_every_field() -> None:
         ActivationQuant(4, [0.1, 0.2], [3, 4], 0.16),
         ActivationQuant(4, [0.1], [3], 0.15),
         ActivationQuant(4, [0.1, 0.2], [3, 4], 0.15, [1.0, 2.0]),
+        ActivationQuant(4, [0.1, 0.2], [3, 4], 0.15, gain=[1.0, 2.0]),
     ):
         assert not base.same_as(other)
 

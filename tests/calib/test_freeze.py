@@ -142,6 +142,39 @@ def test_minmax_is_the_wider_and_worse_baseline(calibrated: Calibrated, tmp_path
     assert any(bool(np.all(scales[name].scale > best[name].scale * 1.05)) for name in best if best[name].bits == 4)
 
 
+def test_unbiased_tables_have_a_gain_where_rows_are_rescaled_anyway(calibrated: Calibrated, tmp_path: Path) -> None:
+    denoiser, found, statistics = calibrated
+    chosen = uniform(found, W4A4, ["conv"], {}, [])
+    plan = freeze(
+        denoiser, found, chosen, statistics, ROW_MAP, 4, "model", "w4a4", tmp_path / "codes", search="unbiased"
+    )
+    tables = dict(plan.activations())
+    least = dict(make(calibrated, tmp_path, attention_bits=4).activations())
+    assert tables["conv#0"].same_as(least["conv#0"])  # 8 bits
+    assert tables["text#0"].gain is None  # one row
+    scaled = tables["scaled#0"]
+    assert scaled.gain is not None
+    assert bool(np.all(scaled.scale > least["scaled#0"].scale))
+    observed = statistics["scaled#0"]
+    for row in range(scaled.rows):
+        steps = observed.values[row].numpy() / scaled.scale[row]
+        low = -int(scaled.zero_point[row])
+        told = np.clip(np.rint(steps), low, low + 15) * scaled.scale[row] * scaled.gain[row]
+        values, weights = observed.values[row].numpy(), observed.weights[row].numpy()
+        assert (weights * values * told).sum() == pytest.approx((weights * values**2).sum(), rel=1e-4)
+    attention = plan.attentions[0]
+    assert all(table.gain is None for table in (attention.query, attention.key, attention.value))
+
+    offsets, share = np.array([-2, -1, 0, 1, 3]), np.full(5, 0.2, dtype=np.float32)
+    uneven = dict(with_row_bits(plan, found, statistics, RowBits(offsets, share), "unbiased").activations())
+    gain = uneven["scaled#0"].gain
+    assert gain is not None
+    assert gain[0] > gain[4]
+    plan.save(tmp_path)
+    for (name, left), (_, right) in zip(plan.activations(), QuantPlan.load(tmp_path).activations(), strict=True):
+        assert left.same_as(right), name
+
+
 def test_rows_get_the_bits_they_are_given(calibrated: Calibrated, tmp_path: Path) -> None:
     even = make(calibrated, tmp_path)
     offsets, share = np.array([3, 0, -1, -2, -9]), np.full(5, 0.2, dtype=np.float32)

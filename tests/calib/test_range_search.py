@@ -8,6 +8,7 @@ from torch import Tensor
 
 from calib.range_search import (
     RangeResult,
+    length_gain,
     quantization_error,
     search_activation,
     search_asymmetric,
@@ -210,6 +211,43 @@ def test_minmax_clips_nothing_that_was_observed(bits: int, seed: int) -> None:
     searched = search_activation(values, weights, *extremes(values), bits)
     if bits < 8:
         assert bool((searched.error <= found.error).all())
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+@given(seed=st.integers(0, 2**31))
+@fixed
+def test_a_gain_gives_values_their_length_back(bits: int, seed: int) -> None:
+    values, weights = random_rows(seed)
+    found = search_activation(values, weights, *extremes(values), bits, "unbiased")
+    gain = length_gain(values, weights, found.scale, found.zero_point, bits)
+    low = -found.zero_point.unsqueeze(1)
+    codes = torch.minimum(torch.maximum(torch.round(values / found.scale.unsqueeze(1)), low), low + 2**bits - 1)
+    told = codes * (found.scale * gain).unsqueeze(1)
+    along, power = (weights * values * told).sum(dim=1), (weights * values.square()).sum(dim=1)
+    held = gain < 2  # the outlier of one row is clipped to almost nothing
+    torch.testing.assert_close(along[held], power[held], rtol=1e-4, atol=0.0)
+    assert bool(held[[0, 1, 2, 4]].all()) or bits < 4
+
+
+def test_rows_that_say_nothing_have_no_gain() -> None:
+    values = torch.tensor([[0.0, 0.0], [0.1, -0.1], [3.0, 0.0]])
+    gain = length_gain(values, torch.ones(3, 2), torch.ones(3), torch.zeros(3, dtype=torch.int64), 2)
+    assert gain.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_unbiased_ranges_clip_less_than_those_of_least_error_but_at_8_bits(bits: int) -> None:
+    values, weights = random_rows(7)
+    least = search_activation(values, weights, *extremes(values), bits)
+    wider = search_activation(values, weights, *extremes(values), bits, "unbiased")
+    assert torch.equal(wider.zero_point, least.zero_point)
+    if bits == 8:
+        assert torch.equal(wider.scale, least.scale)
+    else:
+        assert bool((wider.scale > least.scale).all())
+        torch.testing.assert_close(
+            wider.error, quantization_error(values, weights, wider.scale, wider.zero_point, bits)
+        )
 
 
 def test_minmax_weights_use_the_whole_range() -> None:

@@ -94,6 +94,43 @@ def test_untrained_it_computes_the_plan(
         assert np.array_equal(value, planned[1].codes(layer, int(segment))), key
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gains_are_those_of_the_plan_and_stay(
+    denoiser: nn.Module, found: ProbeResult, mode: WeightMode, tmp_path: Path
+) -> None:
+    observer = Observer(found, ROW_MAP, 512, seed=0, attention=True)
+    statistics = observer.observe(denoiser, random_calibration(20), lambda inputs: denoiser(**inputs), 5)
+    chosen = uniform(found, BitWidths.parse("w4a3"), [], {}, [])
+    path = tmp_path / "codes"
+    plan = freeze(denoiser, found, chosen, statistics, ROW_MAP, None, "model", "w4a3", path, search="unbiased")
+    gains = {name: table.gain for name, table in plan.activations() if table.gain is not None}
+    assert gains
+    weights, data = QuantWeights(path), random_calibration(20)
+    with torch.no_grad():
+        target = denoiser(**data.inputs)
+    with simulate(denoiser, plan, weights):
+        expected = call(denoiser)
+        alone = torch.cat([denoiser(**random_calibration(6, seed=9).select(torch.tensor([i]))) for i in range(6)])
+    torch.testing.assert_close(alone.detach(), expected, atol=1e-5, rtol=0)
+    with trainable(denoiser, plan, weights, found, TrainOptions(weights=mode, rates=FAST)) as model:
+        model.harden()
+        assert torch.allclose(call(denoiser), expected, atol=1e-5)
+        one = random_calibration(6, seed=9).select(torch.tensor([3]))
+        with torch.no_grad():  # a single row is a number to the quantizer
+            assert torch.allclose(denoiser(**one), expected[3:4], atol=1e-5)
+        train(denoiser, model, data, target, 5)
+        model.harden()
+        trained = call(denoiser)
+    frozen, codes = model.freeze()
+    for name, table in frozen.activations():
+        assert (table.gain is None) == (name not in gains)
+        if table.gain is not None:
+            assert np.array_equal(table.gain, gains[name])
+    QuantWeights.save(path, codes)
+    with simulate(denoiser, frozen, QuantWeights(path)):
+        assert torch.allclose(call(denoiser), trained, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def remaining(
     denoiser: nn.Module, found: ProbeResult, tmp_path_factory: pytest.TempPathFactory

@@ -354,9 +354,7 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
     def activation_entry(key: str, activation: ActivationQuant) -> dict[str, Any]:
         arrays[f"{key}.scale"] = np.asarray(activation.scale)
         arrays[f"{key}.zero_point"] = np.asarray(activation.zero_point)
-        entry: dict[str, Any] = {
-            "bits": activation.bits, "rows": activation.rows, "scale_ref": activation.scale_ref,
-        }  # fmt: skip
+        entry: dict[str, Any] = {"bits": activation.bits, "rows": activation.rows, "scale_ref": activation.scale_ref}
         if activation.row_bits is not None:
             entry["row_bits"] = activation.row_bits.tolist()
         if activation.gain is not None:

@@ -211,7 +211,7 @@ class TrainableActivation:
     def _gain_of(self, tensor: Tensor) -> Tensor | float:
         """The gain of every sample's row; a number where they have one: it stays what the plan says."""
         assert self._gain is not None
-        rows = self.tables.context.rows if len(self._gain) > 1 else torch.zeros(1, dtype=torch.int64)
+        rows = self.tables.context.rows
         if bool((rows == rows[0]).all()):
             return float(self._gain[rows[0]])
         return self._gain[rows].reshape(-1, *([1] * (tensor.ndim - 1)))

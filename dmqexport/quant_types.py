@@ -110,7 +110,7 @@ class ActivationQuant:
     allocation a timestep group), up to 7 bits, since a row's bits are nothing but the ends of its clip; `bits` is then
     the widest row's.
     gain: float32 [rows] > 0, or None for ones: the value of a code is code · scale · gain. It has no part in rounding;
-    the rescaling that follows the operator anyway holds it.
+    the rescaling that follows the operator anyway holds it, so that a single row, which has none, cannot have it.
     """
 
     bits: int
@@ -137,6 +137,8 @@ class ActivationQuant:
             raise ValueError(f"scale_ref must be positive and finite, got {self.scale_ref}")
         if self.gain is not None:
             object.__setattr__(self, "gain", frozen_array(self.gain, np.float32))
+            if len(self.scale) == 1:
+                raise ValueError("a gain needs a table of several rows; that of a single one belongs into the weights")
             if self.gain.shape != self.scale.shape or not bool(np.all(np.isfinite(self.gain) & (self.gain > 0))):
                 raise ValueError(f"gain must be positive and finite, one a row of {len(self.scale)}, got {self.gain}")
 
@@ -149,7 +151,7 @@ class ActivationQuant:
         channel_factor: npt.ArrayLike | None = None,
         gain: npt.ArrayLike | None = None,
     ) -> "ActivationQuant":
-        """Build from per-row arrays [rows]; equal rows collapse to one, scale_ref is their geometric mean.
+        """Build from per-row arrays [rows]; equal rows without a gain collapse to one, scale_ref is the geometric mean.
 
         bits: of every row, or [rows]; channel_factor [channels] and gain [rows]: nothing but ones is none.
         """
@@ -160,9 +162,8 @@ class ActivationQuant:
         gains = None if gain is None else np.asarray(gain, dtype=np.float32).reshape(-1)
         if gains is not None and bool(np.all(gains == 1)):
             gains = None
-        same_gain = gains is None or bool(np.all(gains == gains[0]))
-        if even and same_gain and bool(np.all(scales == scales[0])) and bool(np.all(zeros == zeros[0])):
-            scales, zeros, gains = scales[:1], zeros[:1], None if gains is None else gains[:1]
+        if even and gains is None and bool(np.all(scales == scales[0])) and bool(np.all(zeros == zeros[0])):
+            scales, zeros = scales[:1], zeros[:1]
         constant = bool(np.all(scales == scales[0]))
         reference = scales[0] if constant else np.float32(np.exp(np.mean(np.log(scales.astype(np.float64)))))
         factor = None if channel_factor is None else np.asarray(channel_factor, dtype=np.float32)

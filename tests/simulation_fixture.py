@@ -97,9 +97,9 @@ class PlanSampler:
         self, bits: int, low: float, high: float, *, centered: bool = False, channels: int | None = None
     ) -> ActivationQuant:
         """A quantizer of roughly [low, high]; `centered` keeps zero at the middle code, `channels` may get factors.
-        Two of five have a gain in every row."""
+        Two of five tables of layers have a gain in every row."""
         found = self._without_gain(bits, low, high, centered, channels)
-        if self.gaining.random() < 0.6:
+        if channels is None or found.rows == 1 or self.gaining.random() < 0.6:
             return found
         return replace(found, gain=self.gaining.uniform(0.7, 1.4, found.rows).astype(np.float32))
 

@@ -32,7 +32,7 @@ def random_activation(
     count = int(random.choice([1, rows]))
     factor = None if channels is None or random.random() < 0.5 else np.exp(random.uniform(-2, 2, channels))
     zero_point = random.integers(0, 2**width, count)
-    gain = None if random.random() < 0.5 else random.uniform(0.5, 2, count)
+    gain = None if count == 1 or random.random() < 0.5 else random.uniform(0.5, 2, count)
     return ActivationQuant.from_rows(width, np.exp(random.uniform(-8, 2, count)), zero_point, factor, gain)
 
 
@@ -121,9 +121,11 @@ def test_fingerprint_sees_every_part() -> None:
 
     row_map = plan.row_map.copy()
     row_map[7] = (row_map[7] + 1) % plan.rows
-    gained = replace(segment.activation, gain=np.full(segment.activation.rows, 1.5, dtype=np.float32))
+    table = np.full(plan.rows, 0.5), np.full(plan.rows, 3), 0.5
+    plain, gained = ActivationQuant(4, *table), ActivationQuant(4, *table, gain=np.full(plan.rows, 1.5))
     variants = [
         with_segment(replace(segment, activation=activation)),
+        with_segment(replace(segment, activation=plain)),
         with_segment(replace(segment, activation=gained)),
         with_segment(replace(segment, weight=weight)),
         replace(plan, row_map=row_map),

@@ -286,7 +286,7 @@ def test_only_centered_8_bit_codes_have_a_remainder(qparams: ActivationQuant) ->
         remainder_of(qparams)
 
 
-@given(st.lists(scales, min_size=1, max_size=20), narrow_bits, st.data())
+@given(st.lists(scales, min_size=2, max_size=20), narrow_bits, st.data())
 @fixed
 def test_a_gain_multiplies_values_and_no_code(row_scales: list[float], bits: int, data: st.DataObject) -> None:
     count = len(row_scales)
@@ -305,8 +305,10 @@ def test_a_gain_multiplies_values_and_no_code(row_scales: list[float], bits: int
 def test_gains_make_rows_differ_and_ones_are_none() -> None:
     assert ActivationQuant.from_rows(4, [0.5, 0.5], [3, 3], gain=[1.0, 1.0]).gain is None
     same = ActivationQuant.from_rows(4, [0.5, 0.5], [3, 3], gain=[1.25, 1.25])
-    assert same.rows == 1
-    assert same.constants().inv_rho.tolist() == [1.25]
+    assert same.rows == 2
+    assert same.constants().inv_rho.tolist() == [1.25, 1.25]
+    with pytest.raises(ValueError, match="a gain needs a table of several rows"):
+        ActivationQuant.from_rows(4, [0.5], [3], gain=[1.25])
     assert ActivationQuant.from_rows(4, [0.5, 0.5], [3, 3], gain=[1.0, 1.25]).rows == 2
 
 

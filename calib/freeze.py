@@ -292,13 +292,14 @@ def _freeze_attention(
     name: str, statistics: Mapping[str, ActivationStatistics], bits: int, search: RangeMethod
 ) -> AttentionQuant:
     operands: dict[str, ActivationQuant] = {}
+    search = "mse" if search == "unbiased" else search  # operands have no gain, and wider ranges were not measured
     for operand in ATTENTION_OPERANDS:
         observed = statistics[f"{name}#{operand}"]
         # Softmax needs the most codes: most probabilities are near zero.
         width = MAX_BITS if operand == "probability" else bits
         if operand == "probability":
             found = search_unsigned(observed.values, observed.weights, observed.high, width, search)
-        elif width == MAX_BITS and search != "minmax":
+        elif width == MAX_BITS and search == "mse":
             found = search_centered(observed.values, observed.weights, observed.low, observed.high, width)
         else:
             found = search_activation(observed.values, observed.weights, observed.low, observed.high, width, search)

@@ -126,7 +126,7 @@ class AttentionQuant:
 
     `probability` is unsigned (zero_point 0); at 8 bits it uses the shifted form. query, key and value use the centered
     range at 8 bits, since a shift there would need a correction by the other operand's sum on both sides. None has
-    channel factors: there is no weight to multiply them into.
+    channel factors (there is no weight to multiply them into) or gains (the fused kernels know of none).
     """
 
     name: str
@@ -137,8 +137,8 @@ class AttentionQuant:
 
     def __post_init__(self) -> None:
         for operand in ("query", "key", "probability", "value"):
-            if getattr(self, operand).channel_factor is not None:
-                raise ValueError(f"{self.name}#{operand}: an attention operand cannot have channel factors")
+            if getattr(self, operand).channel_factor is not None or getattr(self, operand).gain is not None:
+                raise ValueError(f"{self.name}#{operand}: an attention operand cannot have channel factors or a gain")
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ def random_activation(
     count = int(random.choice([1, rows]))
     factor = None if channels is None or random.random() < 0.5 else np.exp(random.uniform(-2, 2, channels))
     zero_point = random.integers(0, 2**width, count)
-    gain = None if count == 1 or random.random() < 0.5 else random.uniform(0.5, 2, count)
+    gain = None if channels is None or count == 1 or random.random() < 0.5 else random.uniform(0.5, 2, count)
     return ActivationQuant.from_rows(width, np.exp(random.uniform(-8, 2, count)), zero_point, factor, gain)
 
 
@@ -225,6 +225,9 @@ def test_impossible_plans_are_refused() -> None:
     plain = ActivationQuant.from_rows(4, [1.0], [0])
     with pytest.raises(ValueError, match=r"attention#key: .* cannot have channel factors"):
         AttentionQuant("attention", plain, factors, plain, plain)
+    gained = ActivationQuant.from_rows(4, [1.0, 2.0], [0, 0], gain=[1.5, 1.5])
+    with pytest.raises(ValueError, match=r"attention#value: .* cannot have channel factors or a gain"):
+        AttentionQuant("attention", plain, plain, plain, gained)
 
 
 def remaining_plan() -> QuantPlan:

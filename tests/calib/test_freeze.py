@@ -163,7 +163,8 @@ def test_unbiased_tables_have_a_gain_where_rows_are_rescaled_anyway(calibrated: 
         values, weights = observed.values[row].numpy(), observed.weights[row].numpy()
         assert (weights * values * told).sum() == pytest.approx((weights * values**2).sum(), rel=1e-4)
     attention = plan.attentions[0]
-    assert all(table.gain is None for table in (attention.query, attention.key, attention.value))
+    for operand in ("query", "key", "probability", "value"):  # neither wider nor with a gain
+        assert tables[f"{attention.name}#{operand}"].same_as(least[f"{attention.name}#{operand}"])
 
     offsets, share = np.array([-2, -1, 0, 1, 3]), np.full(5, 0.2, dtype=np.float32)
     uneven = dict(with_row_bits(plan, found, statistics, RowBits(offsets, share), "unbiased").activations())

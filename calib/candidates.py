@@ -15,8 +15,9 @@ from calib.quantizer import ActivationQuantizer, QuantizedLayer, RowContext, sim
 from calib.range_search import RangeMethod
 from calib.weight_dilation import scaled_columns
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_plan import LayerQuant, QuantPlan
 from dmqexport.quant_types import BitWidths, CodeArray, FloatArray, IntArray
+from dmqexport.quant_weights import QuantWeights
 
 FLOAT_BITS = 16  # how names of pairs write "not quantized"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from calib.rotation import Rotation
 from dmqexport.errors import CalibrationError
 from dmqexport.quant_plan import ChannelFold
 from dmqexport.quant_types import FloatArray
@@ -80,7 +81,8 @@ def _site(producer: str, *consumers: str, modulation: tuple[int, int] | None = N
 
 def _feed_forward(module: nn.Module) -> list[FoldSite]:
     gated = type(_find(module, "net.0")).__name__ == "GEGLU"
-    return [_site("net.0.proj", "net.2")] if gated else []
+    # A rotation in between mixes the channels that a factor would have to stay with.
+    return [_site("net.0.proj", "net.2")] if gated and not isinstance(_find(module, "net.1"), Rotation) else []
 
 
 def _attention(module: nn.Module) -> list[FoldSite]:

@@ -18,17 +18,9 @@ from calib.range_search import (
     search_unsigned,
     search_weight,
 )
+from calib.rotation import rotated_layers
 from calib.weight_dilation import scaled_columns
-from dmqexport.quant_plan import (
-    Allocation,
-    AttentionQuant,
-    ChannelFold,
-    LayerOp,
-    LayerQuant,
-    QuantPlan,
-    QuantWeights,
-    Segment,
-)
+from dmqexport.quant_plan import Allocation, AttentionQuant, ChannelFold, LayerOp, LayerQuant, QuantPlan, Segment
 from dmqexport.quant_types import (
     CENTERED_ZERO_POINT,
     MAX_BITS,
@@ -41,6 +33,7 @@ from dmqexport.quant_types import (
     WeightQuant,
     quantize_weight,
 )
+from dmqexport.quant_weights import QuantWeights
 
 _TWICE = "two int8 products: of the activation, and of what its rounding leaves over"
 _Tensor = tuple[str, int, tuple[int, ...], bool]  # source, segment, bits of the rows, whether there is a remainder
@@ -115,6 +108,7 @@ def freeze(
     time, and codes are written layer by layer.
     """
     layers: list[LayerQuant] = []
+    rotated = rotated_layers(denoiser)
     float_layers = dict(found.unsupported)
     ranges: dict[_Tensor, ActivationQuant] = {}
     with QuantWeights.writing(codes_path, _code_shapes(denoiser, found, bits)) as write:
@@ -127,11 +121,10 @@ def freeze(
             weight = (denoiser.get_parameter(name) if weight_of is None else weight_of(name)).detach()
             how: RangeMethod = "minmax" if info.name in provisional else search
             rest = info.name in remainders and choice.widths.activation == MAX_BITS
-            layers.append(
-                _freeze_layer(
-                    weight, info, choice, statistics, ranges, write, search, how, factors or {}, row_bits, rest
-                )
+            layer = _freeze_layer(
+                weight, info, choice, statistics, ranges, write, search, how, factors or {}, row_bits, rest
             )
+            layers.append(replace(layer, rotation=rotated.get(info.name)))
             if progress is not None:
                 progress(position + 1, len(found.layers))
     attentions: list[AttentionQuant] = []

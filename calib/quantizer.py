@@ -13,10 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from calib.observer import scaled_operands
 from calib.probe import AttentionMode, ModuleStack, removing
+from calib.rotation import rotated_layers
 from calib.sampling import TIMESTEP, broadcast_timestep
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan
 from dmqexport.quant_types import ActivationQuant, dequantize_weight, remainder_name, remainder_of
+from dmqexport.quant_weights import QuantWeights
 
 
 @dataclass
@@ -212,8 +214,16 @@ def simulate(denoiser: nn.Module, plan: QuantPlan, weights: QuantWeights) -> Ite
     """Swap the planned layers of `denoiser` for fake-quantized ones inside the block; restores them after.
 
     The denoiser may be called as usual (diffusers pipelines included): rows follow the timestep it is called with.
-    Raises CalibrationError when a planned layer is not in the model.
+    Raises CalibrationError when a planned layer is not in the model, or its inputs are rotated in one of them only.
     """
+    rotated = rotated_layers(denoiser)
+    for layer in plan.layers:
+        if rotated.get(layer.name) != layer.rotation:
+            raise CalibrationError(
+                f"{layer.name}: the plan has blocks of {layer.rotation} of its inputs rotated, the model of "
+                f"{rotated.get(layer.name)}",
+                hint="both need the same quantization.rotation: calib.rotation.rotate_feed_forward rotates a model",
+            )
     context = RowContext(torch.from_numpy(plan.row_map.copy()), timestep_scale=plan.timestep_scale)
     attentions = {item.name: QuantizedAttention(item, context) for item in plan.attentions}
 

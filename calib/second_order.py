@@ -25,8 +25,9 @@ from calib.quantizer import ActivationQuantizer, RowContext
 from calib.range_search import search_fitted
 from calib.sampling import TIMESTEP, CalibrationSet
 from calib.weight_dilation import scaled_columns
-from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, Segment
 from dmqexport.quant_types import CodeArray, WeightQuant
+from dmqexport.quant_weights import QuantWeights
 
 _RIDGE = 0.1  # of the mean diagonal; pulls W* back to W where calibration says little
 _DAMPING = 0.01  # of the mean diagonal, as in the paper

@@ -21,8 +21,9 @@ from calib.probe import ProbeResult
 from calib.quantizer import RowContext, swapped
 from calib.trainable_table import Tables, TrainableActivation
 from calib.trainable_weight import TrainableWeight, WeightMode
-from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_plan import AttentionQuant, LayerQuant, QuantPlan
 from dmqexport.quant_types import CodeArray
+from dmqexport.quant_weights import QuantWeights
 
 
 @dataclass(frozen=True)

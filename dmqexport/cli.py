@@ -260,7 +260,8 @@ def _artifacts(build: "Build", stage: str) -> dict[str, Path]:
             "statistics": build.calibrated.path / "statistics.safetensors",
         }
     if stage in (Stage.PLAN, Stage.TRAIN):
-        from dmqexport.quant_plan import PLAN_ARRAYS, PLAN_JSON, WEIGHT_CODES
+        from dmqexport.quant_plan import PLAN_ARRAYS, PLAN_JSON
+        from dmqexport.quant_weights import WEIGHT_CODES
 
         folder = (build.planned if stage == Stage.PLAN else build.trained_plan).path
         curve = {}

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from calib.rotation import original_weights, unrotated
 from calib.sampling import TIMESTEP
 from dmqexport.bundle import ENGINE_GRAPH, GRAPH
 from dmqexport.errors import BackendMissingError, DmqExportError, LoweringError
@@ -81,6 +82,7 @@ class Build(SamplerTraining):
         key = {
             "version": STAGE_VERSIONS["export"],
             "model": self.model.fingerprint,
+            "rotated": bool(self.rotation_key),  # left out of the graph, but weights are what a way back gave
             "folds": self._fold_key(),
             "opset": OPSET,
             "torch": torch.__version__,
@@ -89,15 +91,17 @@ class Build(SamplerTraining):
         def build(folder: Path) -> None:
             family, denoiser = self.model.family, self.model.denoiser
             wrapped = family.wrap(denoiser)
-            export_float_graph(
-                wrapped,
-                self.model.example_inputs(batch=2),
-                folder / "float.onnx",
-                wrapper="" if wrapped is denoiser else "denoiser",
-                dynamic_axes=family.dynamic_axes,
-                simplify=lambda model: _rewrite(model, float_cleanup()),
-                weight_of=self.model.weight,
-            )
+            weight_of = original_weights(denoiser, self.model.weight)
+            with unrotated(denoiser):
+                export_float_graph(
+                    wrapped,
+                    self.model.example_inputs(batch=2),
+                    folder / "float.onnx",
+                    wrapper="" if wrapped is denoiser else "denoiser",
+                    dynamic_axes=family.dynamic_axes,
+                    simplify=lambda model: _rewrite(model, float_cleanup()),
+                    weight_of=weight_of,
+                )
             model = ir.load(folder / "float.onnx")
             _rewrite(model, float_ort_cpu())
             ir.save(model, folder / "float_fast.onnx")  # large tensors stay where they are, beside float.onnx

@@ -27,8 +27,9 @@ from dmqexport.models.sampling import sample_images
 from dmqexport.pipeline_checks import no_remainder
 from dmqexport.pipeline_drawn import Drawing
 from dmqexport.pipeline_parts import Progress, chunks, make_parts
-from dmqexport.quant_plan import WEIGHT_CODES, Allocation, ChannelFold, QuantPlan, QuantWeights
+from dmqexport.quant_plan import Allocation, ChannelFold, QuantPlan
 from dmqexport.quant_types import MAX_BITS, BitWidths
+from dmqexport.quant_weights import WEIGHT_CODES, QuantWeights
 from dmqexport.workspace import StageRecord, content_key
 
 #: Raise a stage's number when its result changes for the same inputs, so that old work folders are not reused.
@@ -81,21 +82,16 @@ class Calibration(Drawing):
     def trajectories(self) -> StageRecord:
         """Calls along float trajectories: `calibration.safetensors`; about as many entries as 64 whole ones have."""
         recipe = self.recipe
-        key = {
-            **self.base_key("trajectories"),
-            "prompts": self.calibration_prompts,
-            "size": recipe.calibration.size,
-            "seed": recipe.seed,
-        }
-
         size = recipe.calibration.size
+        prompts = self.calibration_prompts
+        key = {**self.base_key("trajectories"), "prompts": prompts, "size": size, "seed": recipe.seed}
         stride = max(1, size // _WHOLE_TRAJECTORIES)
 
         def build(folder: Path) -> None:
             with self.workspace.partial("trajectories", key) as scratch:
                 progress = self.workspace.reporter.progress
                 parts = self.sampled(
-                    scratch, size, self.calibration_prompts, self.calibration_seed, stride,
+                    scratch, size, prompts, self.calibration_seed, stride,
                     lambda done, total: progress(done * size // total, size),
                 )  # fmt: skip
                 if self.workspace.ranks.rank == 0:
@@ -161,7 +157,9 @@ class Calibration(Drawing):
             return ChannelScaling()
         row_map, found = self.row_map, self.probe_result
         compensated = recipe.quantization.rounding == "second-order"
-        settings = ScalingSettings(**recipe.scaling.model_dump(), weight_error=_COMPENSATED if compensated else 1.0)
+        settings = ScalingSettings(
+            **recipe.scaling.model_dump(exclude={"rotation"}), weight_error=_COMPENSATED if compensated else 1.0
+        )
         key = {
             "version": STAGE_VERSIONS["scaling"],
             "trajectories": self.trajectories.fingerprint,
@@ -472,7 +470,8 @@ class Calibration(Drawing):
             "steps": self.steps,
             "guidance": self.guidance,
             "embeddings": self.recipe.calibration.embeddings,
-            **({"dtype": self.recipe.calibration.dtype} if self.recipe.calibration.dtype != "float32" else {}),
+            **self.rotation_key,
+            **({} if self.recipe.calibration.dtype == "float32" else {"dtype": self.recipe.calibration.dtype}),
         }
 
     def _denoise(self, inputs: Mapping[str, Tensor]) -> Tensor:

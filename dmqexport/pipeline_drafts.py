@@ -18,7 +18,8 @@ from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_size import sketch_within
 from dmqexport.pipeline_steps import StepErrors, measure_step_errors
 from dmqexport.pipeline_trajectories import Drawing
-from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
+from dmqexport.quant_weights import WEIGHT_CODES, QuantWeights
 from dmqexport.workspace import StageRecord
 
 _PICTURES = 16

@@ -64,6 +64,7 @@ class Drawing(Loading):
             "version": _VERSION,
             "statistics": "drawn",
             "model": self.model.fingerprint,
+            **self.rotation_key,
             "rows": self.drawn_row_map.tolist(),
             "attention": attention,
             "split_concat": recipe.quantization.split_concat,

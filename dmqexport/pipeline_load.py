@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from calib.rotation import rotate_feed_forward, rotated_layers
 from dmqexport.bundle import is_replaceable
 from dmqexport.errors import ModelError, RecipeError
 from dmqexport.models.device import DTYPES, find_device, on_device
@@ -66,9 +67,17 @@ class Loading:
             absent=self.recipe.drawn and self.recipe.weights == "random",
         )
         check_recipe(self.recipe, loaded)
+        if self.recipe.rotates:
+            rotate_feed_forward(loaded.denoiser)
         loaded.denoiser.register_forward_hook(self._count)
         reporter.finished("load", time.perf_counter() - start, False)
         return loaded
+
+    @property
+    def rotation_key(self) -> dict[str, Any]:
+        """What the model's weights and inner tensors depend on beside its fingerprint."""
+        rotated = rotated_layers(self.model.denoiser)
+        return {"rotated": rotated} if rotated else {}
 
     def _count(self, module: object, args: object, output: Any) -> None:
         """Every stage says how many samples the float model answered in it."""

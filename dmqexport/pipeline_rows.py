@@ -15,7 +15,8 @@ from calib.quantizer import simulate
 from calib.row_allocation import allocate_rows, offset_costs
 from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_remainder import Remaindering
-from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
+from dmqexport.quant_weights import WEIGHT_CODES, QuantWeights
 from dmqexport.workspace import StageRecord
 
 _ENTRIES = 16  # calls a step that the error at other widths is measured on

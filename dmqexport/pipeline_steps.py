@@ -18,7 +18,8 @@ from calib.quantizer import simulate
 from dmqexport.errors import CalibrationError
 from dmqexport.models.loading import LoadedModel
 from dmqexport.models.sampling import sample_images
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
+from dmqexport.quant_weights import QuantWeights
 
 _ROUNDING = 1 / 12  # variance of rounding to the 8 bits of a picture: an error below that is not seen at all
 

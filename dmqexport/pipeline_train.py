@@ -22,7 +22,8 @@ from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_parts import chunks, make_parts
 from dmqexport.pipeline_reallocate import Reallocating
 from dmqexport.pipeline_trajectories import TRAINING_SEED
-from dmqexport.quant_plan import WEIGHT_CODES, QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
+from dmqexport.quant_weights import WEIGHT_CODES, QuantWeights
 from dmqexport.recipe_training import RatesRecipe
 from dmqexport.workspace import StageRecord
 

@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from dmqexport.errors import RecipeError
 from dmqexport.onnx_export import save_model
-from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights
+from dmqexport.quant_plan import LayerOp, QuantPlan
+from dmqexport.quant_weights import QuantWeights
 from dmqexport.tuning import Kernel, Timings, cpu_model, load_cache, read_timings, store_cache
 from engines import ort
 from engines.ort_profile import by_layer, profile_nodes

@@ -6,22 +6,18 @@ codes are a separate artifact (`quant_weights.safetensors`): a plan stays small 
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dmqexport.errors import BundleError
 from dmqexport.quant_types import (
     ActivationQuant,
-    CodeArray,
     FloatArray,
     IntArray,
     WeightQuant,
@@ -33,7 +29,6 @@ from dmqexport.quant_types import (
 SCHEMA_VERSION = 1
 PLAN_JSON = "quant_plan.json"
 PLAN_ARRAYS = "quant_plan.safetensors"
-WEIGHT_CODES = "quant_weights.safetensors"
 
 
 class LayerOp(StrEnum):
@@ -63,7 +58,9 @@ class Segment:
 class LayerQuant:
     """A quantized Conv or Linear, named by its torch fully qualified name.
 
-    bias: float32 [out_channels] trained together with the codes; None leaves the model's own.
+    bias: float32 [out_channels] trained together with the codes; None leaves the model's own. rotation: the codes are
+    for inputs whose consecutive blocks of so many channels are multiplied with `rotation_matrix`; None: for the inputs
+    as they are.
     """
 
     name: str
@@ -72,6 +69,7 @@ class LayerQuant:
     parameters: int
     reason: str = ""
     bias: FloatArray | None = field(default=None, compare=False)
+    rotation: int | None = None
 
     def __post_init__(self) -> None:
         if self.bias is not None:
@@ -81,6 +79,8 @@ class LayerQuant:
                 raise ValueError(f"{self.name}: the bias must be {channels} finite values, got {self.bias.shape}")
         if not self.segments or self.segments[0].start != 0:
             raise ValueError(f"{self.name}: segments must start at channel 0")
+        if self.rotation is not None and (self.op is not LayerOp.LINEAR or self.segments[-1].stop % self.rotation):
+            raise ValueError(f"{self.name}: blocks of {self.rotation} channels cannot be rotated in its inputs")
         for left, right in zip(self.segments, self.segments[1:], strict=False):
             if left.weight.bits != right.weight.bits:
                 raise ValueError(f"{self.name}: segments must share their weight bits")
@@ -280,70 +280,6 @@ class QuantPlan:
             raise BundleError(f"{folder}: the quantization plan cannot be read ({error})") from error
 
 
-class QuantWeights:
-    """Signed weight codes on disk, int8 in torch layout, one tensor a segment: `layer#segment`. Read one at a time."""
-
-    def __init__(self, path: Path) -> None:
-        """Open `path` lazily; raises BundleError when it cannot be read."""
-        self.path = path
-        try:
-            with safe_open(str(path), framework="numpy") as handle:
-                self._names = frozenset(handle.keys())
-        except Exception as error:
-            raise BundleError(f"{path}: weight codes cannot be read ({error})") from error
-
-    @staticmethod
-    def save(path: Path, codes: Mapping[str, CodeArray]) -> None:
-        """Write `codes` keyed by `layer#segment`."""
-        save_file({name: np.ascontiguousarray(array) for name, array in codes.items()}, str(path))
-
-    @staticmethod
-    @contextmanager
-    def writing(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Callable[[str, CodeArray], None]]:
-        """Yield a function that takes (`layer#segment`, its codes), in any order, and writes them at once: the file
-        that `save` makes of all of them, without their being in memory together. shapes: of every one.
-        """
-        start, places, header = 0, {}, {}
-        for key in sorted(shapes):
-            places[key] = start
-            stop = start + math.prod(shapes[key])
-            header[key] = {"dtype": "I8", "shape": list(shapes[key]), "data_offsets": [start, stop]}
-            start = stop
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # the layout of safetensors: length of the header, header, data
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-
-            def write(key: str, codes: CodeArray) -> None:
-                assert codes.shape == shapes[key], f"{key}: codes {codes.shape}, announced {shapes[key]}"
-                assert codes.dtype == np.int8
-                file.seek(8 + len(text) + places[key])
-                file.write(np.ascontiguousarray(codes).data)
-                del places[key]
-
-            yield write
-        assert not places, f"never written: {sorted(places)[:3]}"
-
-    def codes(self, layer: str, segment: int) -> CodeArray:
-        """Return the codes of one segment, int8 [out_channels, segment channels, ...]."""
-        key = f"{layer}#{segment}"
-        if key not in self:
-            raise BundleError(
-                f"{self.path}: no weight codes for {key!r}", hint="plan and codes are of different builds"
-            )
-        with safe_open(str(self.path), framework="numpy") as handle:
-            array: CodeArray = handle.get_tensor(key)
-        return array
-
-    def shape(self, layer: str, segment: int) -> tuple[int, ...]:
-        """Shape of the codes of one segment; their values are not read."""
-        with safe_open(str(self.path), framework="numpy") as handle:
-            return tuple(handle.get_slice(f"{layer}#{segment}").get_shape())
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._names
-
-
 def _dump(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
@@ -387,6 +323,7 @@ def _to_document(plan: QuantPlan) -> tuple[dict[str, Any], dict[str, np.ndarray[
                 "mean_activation_bits": layer.mean_activation_bits,
                 "reason": layer.reason,
                 "bias_trained": layer.bias is not None,
+                **({} if layer.rotation is None else {"rotation": layer.rotation}),
                 "segments": segments,
             }
         )
@@ -464,7 +401,15 @@ def _from_document(document: dict[str, Any], arrays: Mapping[str, np.ndarray[Any
         bias = arrays[f"{item['name']}.bias"] if item.get("bias_trained") else None
         operator = LayerOp(item["op"])
         layers.append(
-            LayerQuant(item["name"], operator, tuple(segments), int(item["parameters"]), item["reason"], bias)
+            LayerQuant(
+                item["name"],
+                operator,
+                tuple(segments),
+                int(item["parameters"]),
+                item["reason"],
+                bias,
+                item.get("rotation"),
+            )
         )
     attentions = tuple(
         AttentionQuant(

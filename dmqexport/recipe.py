@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from dmqexport import recipes
 from dmqexport.byte_size import parse_bytes
 from dmqexport.errors import RecipeError
-from dmqexport.quant_types import BitWidths
+from dmqexport.quant_types import MAX_BITS, BitWidths
 from dmqexport.recipe_allocation import AllocationRecipe
 from dmqexport.recipe_precision import check_precision
 from dmqexport.recipe_sections import (
@@ -129,6 +129,12 @@ class Recipe(Section):
     def widths(self) -> BitWidths:
         """The parsed `bits`."""
         return BitWidths.parse(self.bits)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether hidden channels of feed-forwards are rotated."""
+        chosen, activation = self.quantization.rotation, self.widths.activation
+        return chosen == "feed-forward" or (chosen == "auto" and activation is not None and activation < MAX_BITS)
 
     @property
     def drawn(self) -> bool:

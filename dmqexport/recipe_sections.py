@@ -121,6 +121,11 @@ class QuantizationRecipe(Section):
         default="calibration", description="trajectories that second-order rounding fits: the more captions, the better"
     )
     refine_entries: int = Field(default=2048, ge=1, description="how many of their points it sees")
+    rotation: Literal["none", "feed-forward", "auto"] = Field(
+        default="none",
+        description="feed-forward: hidden channels are multiplied with a Hadamard matrix before they are quantized; "
+        "auto: where --bits asks for activations of fewer than 8 bits",
+    )
     refit: bool = Field(
         default=True,
         description="move weights to what least squares says of the quantized inputs, before they are rounded: less "

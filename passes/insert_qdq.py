@@ -7,8 +7,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan
 from dmqexport.quant_types import ActivationQuant, RowConstants, dequantize_weight, remainder_of
+from dmqexport.quant_weights import QuantWeights
 from passes.base import (
     Builder,
     Role,

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
+from dmqexport.quant_weights import QuantWeights
 from passes.cleanup import DropIdleSqueeze, GemmToMatMul, SimplifyKeyTranspose
 from passes.gather_timestep_scale import GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
@@ -19,6 +20,7 @@ from passes.lower.ort_cpu import FLOAT_KERNEL, LowerOrtCpu
 from passes.lower.split_projection import SplitProjection
 from passes.lower.tensorrt import LowerTensorRT, VerifyTensorRT
 from passes.lower.weight_only import LowerWeightOnly
+from passes.rotate_inputs import RotateInputs
 from passes.row_group_norm import RowGroupNorm
 from passes.split_concat import SplitConcat
 from passes.split_remainder import SplitRemainder
@@ -35,6 +37,7 @@ def canonical(plan: QuantPlan, weights: QuantWeights, narrow_boundary: frozenset
     """Float graph to the canonical quantized graph."""
     return ir.passes.Sequential(
         GemmToMatMul(),
+        RotateInputs(plan),
         SplitConcat(plan),
         SplitRemainder(plan),
         KeepBoundary8Bit(plan, narrow_boundary),

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights
+from dmqexport.quant_plan import LayerOp, QuantPlan
 from dmqexport.quant_types import dequantize_weight
+from dmqexport.quant_weights import QuantWeights
 from passes.base import Builder, redirect, segment_of
 from passes.bind import bind
 from passes.insert_qdq import CODES

@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from dmqexport.quant_plan import LayerOp, LayerQuant, QuantWeights
+from dmqexport.quant_plan import LayerOp, LayerQuant
 from dmqexport.quant_types import CodeArray
+from dmqexport.quant_weights import QuantWeights
 from passes.base import Builder
 
 #: Weights of at most so many bits are packed two a byte.

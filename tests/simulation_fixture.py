@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from calib.probe import ProbeResult, probe
 from calib.quantizer import ActivationQuantizer, QuantizedAttention, QuantizedLayer, RowContext
 from dmqexport.onnx_export import export_float_graph
-from dmqexport.quant_plan import (
-    AttentionQuant,
-    LayerOp,
-    LayerQuant,
-    QuantPlan,
-    QuantWeights,
-    Segment,
-)
+from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, Segment
 from dmqexport.quant_types import ActivationQuant, WeightQuant, quantize_weight, remainder_name
+from dmqexport.quant_weights import QuantWeights
 from passes.pipelines import canonical, float_cleanup
 from tests.simulation_models import TIMESTEPS, Wrapped, random_inputs
 

@@ -18,7 +18,7 @@ from dmqexport.models.random_weights import CONFIG, absent_denoiser, drawn_weigh
 from dmqexport.onnx_export import export_float_graph
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_bundle import run_build
-from dmqexport.quant_plan import WEIGHT_CODES, QuantWeights
+from dmqexport.quant_weights import WEIGHT_CODES, QuantWeights
 from dmqexport.recipe import Recipe, load_recipe
 from dmqexport.runtime import load_denoiser
 from dmqexport.workspace import SilentReporter, Workspace

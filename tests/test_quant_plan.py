@@ -19,10 +19,10 @@ from dmqexport.quant_plan import (
     LayerOp,
     LayerQuant,
     QuantPlan,
-    QuantWeights,
     Segment,
 )
 from dmqexport.quant_types import ActivationQuant, WeightQuant
+from dmqexport.quant_weights import QuantWeights
 
 
 def random_activation(

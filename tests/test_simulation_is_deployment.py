@@ -2,13 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention import FeedForward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation_fixture import (
@@ -27,20 +30,23 @@ from simulation_fixture import (
     run_graph,
     teacher_forced,
 )
-from simulation_models import DeepDenoiser, ShallowDenoiser, random_inputs
+from simulation_models import DeepDenoiser, ShallowDenoiser, Wrapped, random_inputs
 
 from calib.bit_allocation import uniform
 from calib.freeze import freeze
 from calib.observer import ActivationStatistics, Observer
 from calib.probe import probe
 from calib.quantizer import simulate
+from calib.rotation import rotate_feed_forward, rotated_layers, unrotated
 from calib.sampling import CalibrationSet, TrajectoryRecorder
 from calib.timestep_table import equal_groups, used_rows
+from dmqexport.errors import CalibrationError
 from dmqexport.models import emoji
 from dmqexport.models.family import bind_call
 from dmqexport.models.unet2d_condition import UNet2DConditionFamily
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import BitWidths
+from dmqexport.quant_weights import QuantWeights
 
 FAMILY = UNet2DConditionFamily({"sample_size": 8, "in_channels": 4, "cross_attention_dim": 128})
 
@@ -165,6 +171,56 @@ def test_end_to_end(
     assert agreement.worst_flip <= 1
     if agreement.flips == 0:
         assert relative_difference(simulated.numpy(), results["out_sample"]) < OUTPUT_TOLERANCE
+
+
+class RotatedDenoiser(torch.nn.Module):
+    """Two feed-forwards that read the denoiser's inputs, in blocks of 16 and of 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = FeedForward(5, 3, inner_dim=48)
+        self.rows = FeedForward(8, inner_dim=20, activation_fn="gelu")
+        self.plain = torch.nn.Linear(8, 8)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        tokens = self.tokens(encoder_hidden_states).mean(dim=1)
+        return self.rows(sample) + self.plain(sample) + tokens[:, :, None, None] + timestep[:, None, None, None] * 0
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (8, 8), (3, None)], ids=str)
+def test_rotated_inputs(tmp_path: Path, bits: tuple[int, int | None]) -> None:
+    """The float graph is the model as it was; the quantized one rotates what the codes were made for."""
+    torch.manual_seed(5)
+    denoiser = RotatedDenoiser().eval()
+    inputs = random_inputs(4, seed=1)
+    expected = denoiser(**inputs).detach()
+    rotate_feed_forward(denoiser)
+    rotated = rotated_layers(denoiser)
+    assert sorted(rotated.values()) == [4, 16]
+    with unrotated(denoiser):
+        graph = float_graph(Wrapped(denoiser), tmp_path, inputs)
+        found = probe(denoiser, lambda index: denoiser(**{**inputs, "sample": inputs["sample"] + index}))
+    assert not any("otation" in name for name in ir.load(graph).graph.initializers)
+    exported = Exported(denoiser, found, graph)
+    observe_ranges(exported, inputs)
+    floats = run_graph(ir.load(graph), inputs, [])
+    assert relative_difference(expected.numpy(), floats["out_sample"]) < OUTPUT_TOLERANCE
+
+    codes = tmp_path / "codes"
+    plan = PlanSampler(exported, 0, 5).plan(codes, bits=bits)
+    plan = replace(plan, layers=tuple(replace(layer, rotation=rotated.get(layer.name)) for layer in plan.layers))
+    agreement, _ = teacher_forced(exported, plan, codes, inputs)
+    assert agreement.quantizers == quantizers(plan)
+    check(agreement) if plan.activations() else check_outputs(agreement)
+    results = run_graph(canonical_graph(exported, plan, codes), inputs, [])
+    with torch.no_grad(), simulate(denoiser, plan, QuantWeights(codes)):
+        simulated = denoiser(**inputs)
+    # A tie that falls the other way before a second layer moves its result by a step; there is none here.
+    assert relative_difference(simulated.numpy(), results["out_sample"]) < OUTPUT_TOLERANCE
+    with unrotated(denoiser), pytest.raises(CalibrationError, match=r"net\.2: the plan has blocks of"):
+        simulate(denoiser, plan, QuantWeights(codes)).__enter__()
 
 
 def test_the_random_plans_cover_every_form(deep: Exported, tmp_path: Path) -> None:

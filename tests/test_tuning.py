@@ -14,7 +14,8 @@ from simulation_models import DeepDenoiser, random_inputs
 from dmqexport.errors import RecipeError
 from dmqexport.onnx_export import save_model
 from dmqexport.pipeline_tune import HOST, Machine, layer_signatures, tune
-from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights
+from dmqexport.quant_plan import LayerOp, QuantPlan
+from dmqexport.quant_weights import QuantWeights
 from dmqexport.tuning import Kernel, Timings, cache_file, cpu_model, load_cache, read_timings, store_cache
 from engines import ort
 from engines.ort_profile import profile_nodes

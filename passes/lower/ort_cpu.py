@@ -27,8 +27,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import AttentionQuant, LayerOp, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_plan import AttentionQuant, LayerOp, QuantPlan, Segment
 from dmqexport.quant_types import CENTERED_ZERO_POINT, MAX_BITS, ActivationQuant, CodeArray
+from dmqexport.quant_weights import QuantWeights
 from passes.base import (
     Builder,
     Role,

@@ -16,8 +16,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_plan import LayerQuant, QuantPlan, Segment
 from dmqexport.quant_types import code_range
+from dmqexport.quant_weights import QuantWeights
 from passes.base import Builder, constant_array, dims, is_constant, segment_of
 from passes.bind import bind
 from passes.weight_storage import PACKED_BITS, nominal_codes, signed_codes, signed_weight, weight_axis

@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan
+from dmqexport.quant_weights import QuantWeights
 from passes.base import Builder, Role, constant_array, redirect, segment_of, tag, take_name
 from passes.bind import bind
 from passes.lower.ort_cpu import CONTRIB_DOMAIN

@@ -23,8 +23,9 @@ from calib.sampling import CalibrationSet
 from calib.timestep_table import equal_groups
 from calib.trainable import Rates, TrainableModel, TrainOptions, trainable
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import BitWidths
+from dmqexport.quant_weights import QuantWeights
 
 ROW_MAP = equal_groups(TIMESTEPS, 4)
 

@@ -25,8 +25,9 @@ from calib.second_order import refine_weights
 from calib.timestep_table import equal_groups
 from calib.weight_dilation import scaled_columns
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import BitWidths
+from dmqexport.quant_weights import QuantWeights
 
 ROW_MAP = equal_groups(TIMESTEPS, 4)
 METHODS = get_args(Method)

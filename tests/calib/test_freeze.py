@@ -14,8 +14,9 @@ from calib.freeze import RowBits, freeze, with_row_bits
 from calib.observer import ActivationStatistics, Observer
 from calib.probe import ProbeResult, probe
 from calib.timestep_table import equal_groups
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import CENTERED_ZERO_POINT, BitWidths, dequantize_weight
+from dmqexport.quant_weights import QuantWeights
 
 ROW_MAP = equal_groups(TIMESTEPS, 5)
 W4A4 = BitWidths(4, 4)

@@ -17,7 +17,7 @@ from calib.probe import ProbeResult, probe
 from calib.quantizer import ActivationQuantizer, QuantizedLayer, RowContext, simulate
 from calib.timestep_table import equal_groups
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, Segment
 from dmqexport.quant_types import (
     ActivationQuant,
     BitWidths,
@@ -26,6 +26,7 @@ from dmqexport.quant_types import (
     quantize_weight,
     remainder_name,
 )
+from dmqexport.quant_weights import QuantWeights
 
 ROW_MAP = equal_groups(TIMESTEPS, 5)
 

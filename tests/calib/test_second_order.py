@@ -18,8 +18,9 @@ from calib.range_search import search_weight
 from calib.sampling import CalibrationSet
 from calib.second_order import fit_least_squares, refine_weights, round_second_order, rounding_errors
 from calib.timestep_table import equal_groups
-from dmqexport.quant_plan import LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_plan import LayerQuant, QuantPlan
 from dmqexport.quant_types import BitWidths, dequantize_weight
+from dmqexport.quant_weights import QuantWeights
 
 
 def correlated(count: int, width: int, seed: int) -> Tensor:

@@ -19,8 +19,9 @@ from calib.sampling import CalibrationSet
 from calib.timestep_table import equal_groups
 from calib.trainable import Rates, Tables, TrainableActivation, TrainableModel, TrainOptions, WeightMode, trainable
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import ActivationQuant, BitWidths
+from dmqexport.quant_weights import QuantWeights
 
 ROWS = 5
 ROW_MAP = equal_groups(TIMESTEPS, ROWS)

@@ -25,8 +25,9 @@ from calib.trajectory_distill import (
     log_errors,
 )
 from dmqexport.errors import CalibrationError
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import BitWidths
+from dmqexport.quant_weights import QuantWeights
 from dmqexport.ranks import ALONE, Ranks
 
 TIMES = (36, 20, 4)

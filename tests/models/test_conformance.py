@@ -13,7 +13,7 @@ import torch
 from dmqexport.models.family import family_names
 from dmqexport.pipeline import Build
 from dmqexport.pipeline_bundle import run_build
-from dmqexport.quant_plan import WEIGHT_CODES
+from dmqexport.quant_weights import WEIGHT_CODES
 from dmqexport.recipe import load_recipe
 from dmqexport.runtime import load_denoiser
 from dmqexport.workspace import SilentReporter, Workspace

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, QuantWeights, Segment
+from dmqexport.quant_plan import LayerOp, LayerQuant, QuantPlan, Segment
 from dmqexport.quant_types import ActivationQuant, WeightQuant, quantize_weight
+from dmqexport.quant_weights import QuantWeights
 from passes.base import Role, is_remainder, module_of, role_of, segment_of, tag
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,8 +12,9 @@ from simulation_fixture import Exported, canonical_graph, export, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import AttentionQuant, QuantPlan, QuantWeights
+from dmqexport.quant_plan import AttentionQuant, QuantPlan
 from dmqexport.quant_types import ActivationQuant
+from dmqexport.quant_weights import QuantWeights
 from engines.openvino_ir import OpenVinoRunner
 from passes.bind import bind, graph_attentions
 from passes.lower.fuse_attention import FuseAttention

@@ -12,7 +12,8 @@ from operator_pieces import draw, draw_remainders, float_values, pieces, run_pie
 from simulation_fixture import Exported, canonical_graph, export, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
+from dmqexport.quant_weights import QuantWeights
 from passes.base import constant_array
 from passes.bind import graph_attentions, graph_layers
 from passes.gather_timestep_scale import TABLE

@@ -10,8 +10,9 @@ from graph_text import assert_golden, layer_quant, parse, plan_of, read, render,
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, QuantWeights
+from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan
 from dmqexport.quant_types import ActivationQuant
+from dmqexport.quant_weights import QuantWeights
 from passes.gather_timestep_scale import TABLE, GatherTimestepScale
 from passes.insert_qdq import InsertQDQ
 from passes.split_remainder import SplitRemainder

@@ -10,7 +10,8 @@ from operator_pieces import draw, float_values, pieces, run_piece, tolerance
 from simulation_fixture import Exported, canonical_graph, export, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
+from dmqexport.quant_weights import QuantWeights
 from passes.base import Role, role_of
 from passes.lower.join_products import JoinProducts
 from passes.lower.ort_cpu import FUSED_PRODUCT

@@ -15,7 +15,8 @@ from simulation_fixture import Exported, canonical_graph, export, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.errors import LoweringError
-from dmqexport.quant_plan import LayerOp, QuantWeights
+from dmqexport.quant_plan import LayerOp
+from dmqexport.quant_weights import QuantWeights
 from passes.base import constant_array, is_remainder
 from passes.bind import bind
 from passes.lower.ort_cpu import CONV_KERNEL, FLOAT_KERNEL, FUSED_PRODUCT, LowerOrtCpu, may_saturate

@@ -22,8 +22,9 @@ from simulation_fixture import Exported, canonical_graph, export, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.errors import EngineError, LoweringError
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_types import REMAINDER_STEPS
+from dmqexport.quant_weights import QuantWeights
 from engines.openvino_ir import OpenVinoRunner, prove_int8
 from passes.bind import bind
 from passes.lower.openvino import LowerOpenVINO, VerifyOpenVINO

@@ -11,7 +11,8 @@ from operator_pieces import compare, draw, draw_remainders
 from simulation_fixture import Exported, canonical_graph, export, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
-from dmqexport.quant_plan import QuantPlan, QuantWeights
+from dmqexport.quant_plan import QuantPlan
+from dmqexport.quant_weights import QuantWeights
 from engines.precision import prove_types
 from engines.trt import ShapeRange, TrtFlavor, build_engine, flavor_version
 from passes.base import constant_array

@@ -8,8 +8,9 @@ import onnxruntime as ort
 import pytest
 from graph_text import layer_quant, plan_of, read, render, save_codes
 
-from dmqexport.quant_plan import LayerOp, QuantPlan, QuantWeights
+from dmqexport.quant_plan import LayerOp, QuantPlan
 from dmqexport.quant_types import ActivationQuant
+from dmqexport.quant_weights import QuantWeights
 from passes.insert_qdq import InsertQDQ
 from passes.unpad_shifted import UnpadShifted
 

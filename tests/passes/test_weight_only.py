@@ -12,7 +12,8 @@ from operator_pieces import compare, draw
 from simulation_fixture import Exported, canonical_graph, export, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
-from dmqexport.quant_plan import LayerOp, QuantWeights
+from dmqexport.quant_plan import LayerOp
+from dmqexport.quant_weights import QuantWeights
 from passes.lower.weight_only import BLOCK_PRODUCT, LowerWeightOnly, best_block
 from passes.pipelines import lower_ort_cpu
 

@@ -59,7 +59,9 @@ def random_plan(seed: int) -> QuantPlan:
             for start, stop in pairwise(edges)
         )
         op = LayerOp.CONV if number % 2 else LayerOp.LINEAR
-        layers.append(LayerQuant(f"down.{number}.layer", op, segments, channels * 8, "a reason – with a dash"))
+        rotation = 4 if op is LayerOp.LINEAR and edges[-1] == 8 else None
+        reason = "a reason – with a dash"
+        layers.append(LayerQuant(f"down.{number}.layer", op, segments, channels * 8, reason, rotation=rotation))
     operands = {name: random_activation(random, rows, 8) for name in ("query", "key", "probability", "value")}
     return QuantPlan(
         model_fingerprint="ab" * 32,
@@ -215,6 +217,10 @@ def test_impossible_plans_are_refused() -> None:
         QuantPlan("", "", np.array([0, 1, 2]), 3, (layer,))
     with pytest.raises(ValueError, match="start at channel 0"):
         LayerQuant("a", LayerOp.LINEAR, (), 4)
+    with pytest.raises(ValueError, match="blocks of 8 channels cannot be rotated"):
+        LayerQuant("a", LayerOp.LINEAR, (Segment(0, 4, weight, None),), 4, rotation=8)
+    with pytest.raises(ValueError, match="blocks of 2 channels cannot be rotated"):
+        LayerQuant("a", LayerOp.CONV, (Segment(0, 4, weight, None),), 4, rotation=2)
     with pytest.raises(ValueError, match="start at channel 0"):
         LayerQuant("a", LayerOp.LINEAR, (Segment(1, 4, weight, None),), 4)
     with pytest.raises(ValueError, match="gap at channel 2"):

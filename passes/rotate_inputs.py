@@ -33,24 +33,26 @@ class RotateInputs(ir.passes.InPlacePass):
             assert size is not None
             if size not in matrices:
                 matrices[size] = builder.constant(rotation_matrix(size), f"dmqexport/rotation_{size}")
-            for node in bindings.layers[layer.name].compute:
-                node.replace_input_with(0, _rotated(builder, node, matrices[size], size, channels))
+            for index, node in enumerate(bindings.layers[layer.name].compute):
+                # Not "<node>/…": that is what runtimes call the parts of a product, whose kernels are looked at.
+                label = f"{layer.name}/rotation{index or ''}"
+                node.replace_input_with(0, _rotated(builder, node, matrices[size], size, channels, label))
         return ir.passes.PassResult(model, True)
 
 
-def _rotated(builder: Builder, node: ir.Node, matrix: ir.Value, size: int, channels: int) -> ir.Value:
-    value, name = node.inputs[0], str(node.name)
+def _rotated(builder: Builder, node: ir.Node, matrix: ir.Value, size: int, channels: int, label: str) -> ir.Value:
+    value = node.inputs[0]
     rank = None if value is None else rank_of(value)
     if value is None or rank is None:
-        raise LoweringError(f"rotate_inputs: {name} reads a tensor of unknown rank")
+        raise LoweringError(f"rotate_inputs: {node.name} reads a tensor of unknown rank")
     kept = [0] * (rank - 1)  # 0 keeps a dimension as it is (ONNX Reshape, allowzero = 0)
     blocks = builder.node(
-        "Reshape", [value, builder.shape([*kept, channels // size, size])], f"{name}/blocks", before=node,
+        "Reshape", [value, builder.shape([*kept, channels // size, size])], f"{label}/blocks", before=node,
         dtype=ir.DataType.FLOAT,
     )  # fmt: skip
     product = builder.node(
-        "MatMul", [blocks.outputs[0], matrix], f"{name}/rotation", before=node, dtype=ir.DataType.FLOAT
+        "MatMul", [blocks.outputs[0], matrix], f"{label}/product", before=node, dtype=ir.DataType.FLOAT
     )
     flat = builder.shape([*kept, channels])
-    back = builder.node("Reshape", [product.outputs[0], flat], f"{name}/rotated", before=node, like=value)
+    back = builder.node("Reshape", [product.outputs[0], flat], f"{label}/flat", before=node, like=value)
     return back.outputs[0]

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from calib.probe import ProbeResult, probe
 from calib.quantizer import ActivationQuantizer, QuantizedAttention, QuantizedLayer, RowContext
+from calib.rotation import rotate_feed_forward, rotated_layers, unrotated
 from dmqexport.onnx_export import export_float_graph
 from dmqexport.quant_plan import AttentionQuant, LayerOp, LayerQuant, QuantPlan, Segment
 from dmqexport.quant_types import ActivationQuant, WeightQuant, quantize_weight, remainder_name
 from dmqexport.quant_weights import QuantWeights
 from passes.pipelines import canonical, float_cleanup
-from tests.simulation_models import TIMESTEPS, Wrapped, random_inputs
+from tests.simulation_models import TIMESTEPS, RotatedDenoiser, Wrapped, random_inputs
 
 #: Most codes that may differ where a sum that float rounding orders differently lands on a tie.
 ALLOWED_FLIPS = 1e-5
@@ -44,6 +45,16 @@ def export(denoiser: nn.Module, folder: Path, inputs: dict[str, Tensor]) -> Expo
         return denoiser(**changed)
 
     return Exported(denoiser, probe(denoiser, run), graph)
+
+
+def export_rotated(folder: Path, inputs: dict[str, Tensor]) -> Exported:
+    """A `RotatedDenoiser` with its feed-forwards rotated; the float graph is of the model as it was."""
+    denoiser = RotatedDenoiser().eval()
+    rotate_feed_forward(denoiser)
+    with unrotated(denoiser):
+        exported = export(denoiser, folder, inputs)
+    observe_ranges(exported, inputs)
+    return exported
 
 
 def float_graph(wrapped: nn.Module, folder: Path, inputs: dict[str, Tensor]) -> Path:
@@ -138,6 +149,7 @@ class PlanSampler:
     ) -> QuantPlan:
         """Draw a plan and write its weight codes; `bits` (weight, activation) fixes what is drawn a layer otherwise."""
         layers: list[LayerQuant] = []
+        rotated = rotated_layers(self.exported.denoiser)
         float_layers: dict[str, str] = {}
         codes: dict[str, np.ndarray] = {}
         shared: dict[tuple[str, int, int, int], ActivationQuant] = {}
@@ -169,7 +181,8 @@ class PlanSampler:
             own = self.exported.denoiser.get_submodule(info.name).bias
             trained = own is not None and self.random.random() < 0.5
             bias = own.detach().numpy() + self.random.normal(0, 0.1, own.shape) if trained else None
-            layers.append(LayerQuant(info.name, info.op, tuple(segments), weight.size, bias=bias))
+            rotation = rotated.get(info.name)
+            layers.append(LayerQuant(info.name, info.op, tuple(segments), weight.size, bias=bias, rotation=rotation))
         QuantWeights.save(weights, codes)
         attentions = () if attention_bits is None else tuple(self._attentions(attention_bits))
         return QuantPlan("random", "random", self.row_map, self.rows, tuple(layers), attentions, float_layers)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 TIMESTEPS = 60
@@ -45,6 +46,20 @@ class DeepDenoiser(nn.Module):
         joined = torch.cat([hidden, first], dim=1)
         hidden = F.silu(self.skip_conv(joined)) + self.skip_shortcut(joined)
         return self.conv_out(F.silu(hidden))
+
+
+class RotatedDenoiser(nn.Module):
+    """Two feed-forwards that read the denoiser's inputs, in blocks of 16 and of 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = FeedForward(5, 3, inner_dim=48)
+        self.rows = FeedForward(8, inner_dim=20, activation_fn="gelu")
+        self.plain = nn.Linear(8, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        tokens = self.tokens(encoder_hidden_states).mean(dim=1)
+        return self.rows(sample) + self.plain(sample) + tokens[:, :, None, None] + timestep[:, None, None, None] * 0
 
 
 class ShallowDenoiser(nn.Module):

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention import FeedForward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation_fixture import (
@@ -22,6 +20,7 @@ from simulation_fixture import (
     PlanSampler,
     canonical_graph,
     export,
+    export_rotated,
     float_graph,
     inputs_on_ties,
     observe_ranges,
@@ -30,14 +29,14 @@ from simulation_fixture import (
     run_graph,
     teacher_forced,
 )
-from simulation_models import DeepDenoiser, ShallowDenoiser, Wrapped, random_inputs
+from simulation_models import DeepDenoiser, RotatedDenoiser, ShallowDenoiser, random_inputs
 
 from calib.bit_allocation import uniform
 from calib.freeze import freeze
 from calib.observer import ActivationStatistics, Observer
 from calib.probe import probe
 from calib.quantizer import simulate
-from calib.rotation import rotate_feed_forward, rotated_layers, unrotated
+from calib.rotation import rotated_layers, unrotated
 from calib.sampling import CalibrationSet, TrajectoryRecorder
 from calib.timestep_table import equal_groups, used_rows
 from dmqexport.errors import CalibrationError
@@ -173,44 +172,23 @@ def test_end_to_end(
         assert relative_difference(simulated.numpy(), results["out_sample"]) < OUTPUT_TOLERANCE
 
 
-class RotatedDenoiser(torch.nn.Module):
-    """Two feed-forwards that read the denoiser's inputs, in blocks of 16 and of 4."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = FeedForward(5, 3, inner_dim=48)
-        self.rows = FeedForward(8, inner_dim=20, activation_fn="gelu")
-        self.plain = torch.nn.Linear(8, 8)
-
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> torch.Tensor:
-        tokens = self.tokens(encoder_hidden_states).mean(dim=1)
-        return self.rows(sample) + self.plain(sample) + tokens[:, :, None, None] + timestep[:, None, None, None] * 0
-
-
 @pytest.mark.parametrize("bits", [(4, 4), (8, 8), (3, None)], ids=str)
 def test_rotated_inputs(tmp_path: Path, bits: tuple[int, int | None]) -> None:
     """The float graph is the model as it was; the quantized one rotates what the codes were made for."""
-    torch.manual_seed(5)
-    denoiser = RotatedDenoiser().eval()
     inputs = random_inputs(4, seed=1)
-    expected = denoiser(**inputs).detach()
-    rotate_feed_forward(denoiser)
-    rotated = rotated_layers(denoiser)
-    assert sorted(rotated.values()) == [4, 16]
-    with unrotated(denoiser):
-        graph = float_graph(Wrapped(denoiser), tmp_path, inputs)
-        found = probe(denoiser, lambda index: denoiser(**{**inputs, "sample": inputs["sample"] + index}))
-    assert not any("otation" in name for name in ir.load(graph).graph.initializers)
-    exported = Exported(denoiser, found, graph)
-    observe_ranges(exported, inputs)
-    floats = run_graph(ir.load(graph), inputs, [])
+    torch.manual_seed(5)
+    expected = RotatedDenoiser()(**inputs).detach()
+    torch.manual_seed(5)
+    exported = export_rotated(tmp_path, inputs)
+    denoiser = exported.denoiser
+    assert sorted(rotated_layers(denoiser).values()) == [4, 16]
+    graph = ir.load(exported.graph)
+    assert not any("otation" in name for name in graph.graph.initializers)
+    floats = run_graph(graph, inputs, [])
     assert relative_difference(expected.numpy(), floats["out_sample"]) < OUTPUT_TOLERANCE
 
     codes = tmp_path / "codes"
     plan = PlanSampler(exported, 0, 5).plan(codes, bits=bits)
-    plan = replace(plan, layers=tuple(replace(layer, rotation=rotated.get(layer.name)) for layer in plan.layers))
     agreement, _ = teacher_forced(exported, plan, codes, inputs)
     assert agreement.quantizers == quantizers(plan)
     check(agreement) if plan.activations() else check_outputs(agreement)

@@ -18,7 +18,7 @@ from operator_pieces import (
     run_without_vnni,
     tolerance,
 )
-from simulation_fixture import Exported, canonical_graph, export, observe_ranges
+from simulation_fixture import Exported, canonical_graph, export, export_rotated, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.errors import EngineError, LoweringError
@@ -142,6 +142,18 @@ def test_openvino_executes_every_planned_layer_in_int8(
     proofs = prove_int8(runner.executed(shapes), expected)
     assert [proof.node for proof in proofs] == [node for nodes in expected.values() for node in nodes]
     assert {proof.weight for proof in proofs} == {"i8"}
+
+
+@pytest.mark.parametrize("vnni", [True, False], ids=["vnni", "portable"])
+def test_openvino_executes_rotated_layers_in_int8(tmp_path: Path, vnni: bool) -> None:
+    """The float product that rotates is not taken for the layer's own."""
+    torch.manual_seed(0)
+    exported = export_rotated(tmp_path, random_inputs(3, 1))
+    plan = draw(exported, tmp_path, 1, bits=(4, 4))
+    path, expected = lowered_file(exported, plan, tmp_path, vnni)
+    shapes = {name: tuple(value.shape) for name, value in random_inputs(BATCH, 0).items()}
+    proofs = prove_int8(OpenVinoRunner(path, threads=1).executed(shapes), expected)
+    assert {proof.layer for proof in proofs} == {layer.name for layer in plan.layers} >= {"tokens.net.2", "rows.net.2"}
 
 
 def lowered_file(deep: Exported, plan: QuantPlan, folder: Path, vnni: bool) -> tuple[Path, dict[str, list[str]]]:

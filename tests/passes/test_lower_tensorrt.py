@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from operator_pieces import compare, draw, draw_remainders
-from simulation_fixture import Exported, canonical_graph, export, observe_ranges
+from simulation_fixture import Exported, canonical_graph, export, export_rotated, observe_ranges
 from simulation_models import DeepDenoiser, random_inputs
 
 from dmqexport.quant_plan import QuantPlan
@@ -166,3 +166,23 @@ def test_every_type_is_proven_from_the_builders_log(
     types_of = {output.dtype for layer in built.layers for output in layer.outputs}
     assert floats[half] in types_of
     assert not [proof for proof in proofs if proof.activation in ("Int8", "FP8") and proof.output != "Float"]
+
+
+@needs_rtx
+def test_rotated_layers_are_proven(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    exported = export_rotated(tmp_path, random_inputs(3, 1))
+    plan = draw(exported, tmp_path, 1, bits=(4, 4))
+    model = lowered(exported, tmp_path, plan)
+    ir.save(model, tmp_path / "model.onnx")
+    shapes = {name: tuple(value.shape[1:]) for name, value in random_inputs(2, seed=0).items()}
+    built = build_engine(
+        tmp_path / "model.onnx",
+        tmp_path / "engine.plan",
+        flavor=TrtFlavor.RTX,
+        profiles={name: ShapeRange((1, *rest), (2, *rest), (4, *rest)) for name, rest in shapes.items()},
+        log_path=tmp_path / "build.log",
+    )
+    proofs = prove_types(built.layers, product_types(model, plan))
+    assert {proof.layer for proof in proofs} == {layer.name for layer in plan.layers} >= {"tokens.net.2", "rows.net.2"}
+    assert {proof.activation for proof in proofs} == {"Int8"}

@@ -378,7 +378,7 @@ class Calibration(Drawing):
                         reporter.progress,
                         3 * self.working_bytes // 2,
                         self.timestep_only,
-                        quantization.refit,
+                        recipe.refits,
                     )
                 QuantWeights.save(folder / WEIGHT_CODES, codes)
             replace(plan, scaling=self.scaling.record, allocation=self.allocation_of(plan)).save(folder)

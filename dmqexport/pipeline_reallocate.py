@@ -124,7 +124,7 @@ class Reallocating(TableAllocating):
             found = rounding_errors(
                 denoiser, plan, {name: widths[name] for name in mine}, data, self._denoise, self.batch_size,
                 self.recipe.seed, lambda done, total: progress(done, 2 * total), 3 * self.working_bytes // 2,
-                self.timestep_only, self.recipe.quantization.refit,
+                self.timestep_only, self.recipe.refits,
             )  # fmt: skip
             for name, changes in found:
                 errors.add(name, changes)

@@ -133,8 +133,20 @@ class Recipe(Section):
     @property
     def rotates(self) -> bool:
         """Whether hidden channels of feed-forwards are rotated."""
-        chosen, activation = self.quantization.rotation, self.widths.activation
-        return chosen == "feed-forward" or (chosen == "auto" and activation is not None and activation < MAX_BITS)
+        chosen = self.quantization.rotation
+        return chosen == "feed-forward" or (chosen == "auto" and self._narrow)
+
+    @property
+    def refits(self) -> bool:
+        """Whether weights are moved to what least squares says of the quantized inputs before they are rounded."""
+        chosen = self.quantization.refit
+        return not self._narrow if chosen == "auto" else chosen
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether `bits` asks for activations of fewer than 8 bits."""
+        activation = self.widths.activation
+        return activation is not None and activation < MAX_BITS
 
     @property
     def drawn(self) -> bool:

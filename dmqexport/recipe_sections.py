@@ -1,6 +1,6 @@
 """The sections of a recipe, one class each: every key with its type, default and one line of manual."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -31,7 +31,8 @@ class Section(BaseModel):
             kind = cls.model_fields[name].annotation if name in cls.model_fields else None
             if value is None and isinstance(kind, type) and issubclass(kind, Section):
                 continue
-            if isinstance(value, bool) and kind not in (bool, None):  # None: an unknown key, which is told as such
+            named = any(option is value for option in get_args(kind))
+            if isinstance(value, bool) and not named and kind not in (bool, None):  # None: an unknown key, told as such
                 raise BooleanError(name, value)
             kept[name] = value
         return kept
@@ -126,10 +127,11 @@ class QuantizationRecipe(Section):
         description="feed-forward: hidden channels are multiplied with a Hadamard matrix before they are quantized; "
         "auto: where --bits asks for activations of fewer than 8 bits",
     )
-    refit: bool = Field(
+    refit: Literal[True, False, "auto"] = Field(
         default=True,
         description="move weights to what least squares says of the quantized inputs, before they are rounded: less "
-        "error of single calls, but shorter answers at every step, which shows where trajectories end",
+        "error of single calls, but shorter answers at every step, which shows where trajectories end; auto: where "
+        "--bits asks for activations of 8 bits, whose rounding shortens nothing",
     )
     row_bits: Literal["even", "measured"] = Field(
         default="even",

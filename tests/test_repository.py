@@ -25,7 +25,10 @@ class ImportRule:
 
 
 # The contracts between the stages: numpy in, numpy out, no stage and no framework.
-CONTRACTS = "dmqexport.errors dmqexport.quant_types dmqexport.quant_plan dmqexport.target dmqexport.ranks"
+CONTRACTS = (
+    "dmqexport.errors dmqexport.quant_types dmqexport.quant_plan dmqexport.quant_weights dmqexport.rotation_matrix "
+    "dmqexport.target dmqexport.ranks"
+)
 
 # Above the contracts, still no stage and no framework: what a user writes and what lies on disk.
 RECORDS = (

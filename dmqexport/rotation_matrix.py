@@ -1,5 +1,7 @@
 """The orthogonal matrix that hidden channels are rotated with, in torch and in graphs."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,7 +17,7 @@ def rotation_matrix(size: int) -> FloatArray:
     """
     if size < 1 or size & (size - 1):
         raise ValueError(f"a rotation needs blocks of a power of two channels, not {size}")
-    matrix: npt.NDArray[np.float64] = np.ones((1, 1))
+    matrix: npt.NDArray[np.floating[Any]] = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
     index = np.arange(size)

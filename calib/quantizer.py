@@ -214,16 +214,8 @@ def simulate(denoiser: nn.Module, plan: QuantPlan, weights: QuantWeights) -> Ite
     """Swap the planned layers of `denoiser` for fake-quantized ones inside the block; restores them after.
 
     The denoiser may be called as usual (diffusers pipelines included): rows follow the timestep it is called with.
-    Raises CalibrationError when a planned layer is not in the model, or its inputs are rotated in one of them only.
+    Raises CalibrationError when a planned layer is not in the model.
     """
-    rotated = rotated_layers(denoiser)
-    for layer in plan.layers:
-        if rotated.get(layer.name) != layer.rotation:
-            raise CalibrationError(
-                f"{layer.name}: the plan has blocks of {layer.rotation} of its inputs rotated, the model of "
-                f"{rotated.get(layer.name)}",
-                hint="both need the same quantization.rotation: calib.rotation.rotate_feed_forward rotates a model",
-            )
     context = RowContext(torch.from_numpy(plan.row_map.copy()), timestep_scale=plan.timestep_scale)
     attentions = {item.name: QuantizedAttention(item, context) for item in plan.attentions}
 
@@ -266,8 +258,16 @@ def swapped(
     """Put what `make` gives in the place of every planned layer, and `attentions` in that of the attention matmuls.
 
     `context` follows the timestep the denoiser is called with. Everything is restored at the end. Raises
-    CalibrationError when a planned layer is not in the model.
+    CalibrationError when a planned layer is not in the model, or its inputs are rotated in one of them only.
     """
+    rotated = rotated_layers(denoiser)
+    for layer in plan.layers:
+        if rotated.get(layer.name) != layer.rotation:
+            raise CalibrationError(
+                f"{layer.name}: the plan has blocks of {layer.rotation} of its inputs rotated, the model of "
+                f"{rotated.get(layer.name)}",
+                hint="both need the same quantization.rotation: calib.rotation.rotate_feed_forward rotates a model",
+            )
     originals: dict[str, nn.Module] = {}
 
     def attend(name: str, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:

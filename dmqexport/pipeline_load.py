@@ -69,6 +69,11 @@ class Loading:
         check_recipe(self.recipe, loaded)
         if self.recipe.rotates:
             rotate_feed_forward(loaded.denoiser)
+            if self.recipe.quantization.rotation != "auto" and not rotated_layers(loaded.denoiser):
+                raise RecipeError(
+                    f"quantization.rotation: no feed-forward of {loaded.name} is built as diffusers' are",
+                    hint="leave it at auto or none",
+                )
         loaded.denoiser.register_forward_hook(self._count)
         reporter.finished("load", time.perf_counter() - start, False)
         return loaded

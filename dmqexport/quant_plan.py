@@ -79,7 +79,9 @@ class LayerQuant:
                 raise ValueError(f"{self.name}: the bias must be {channels} finite values, got {self.bias.shape}")
         if not self.segments or self.segments[0].start != 0:
             raise ValueError(f"{self.name}: segments must start at channel 0")
-        if self.rotation is not None and (self.op is not LayerOp.LINEAR or self.segments[-1].stop % self.rotation):
+        size = self.rotation
+        able = size is None or (size > 0 and not size & (size - 1) and not self.segments[-1].stop % size)
+        if not able or (size is not None and self.op is not LayerOp.LINEAR):
             raise ValueError(f"{self.name}: blocks of {self.rotation} channels cannot be rotated in its inputs")
         for left, right in zip(self.segments, self.segments[1:], strict=False):
             if left.weight.bits != right.weight.bits:

@@ -219,6 +219,10 @@ def test_impossible_plans_are_refused() -> None:
         LayerQuant("a", LayerOp.LINEAR, (), 4)
     with pytest.raises(ValueError, match="blocks of 8 channels cannot be rotated"):
         LayerQuant("a", LayerOp.LINEAR, (Segment(0, 4, weight, None),), 4, rotation=8)
+    with pytest.raises(ValueError, match="blocks of 0 channels cannot be rotated"):
+        LayerQuant("a", LayerOp.LINEAR, (Segment(0, 4, weight, None),), 4, rotation=0)
+    with pytest.raises(ValueError, match="blocks of 3 channels cannot be rotated"):
+        LayerQuant("a", LayerOp.LINEAR, (Segment(0, 6, weight, None),), 6, rotation=3)
     with pytest.raises(ValueError, match="blocks of 2 channels cannot be rotated"):
         LayerQuant("a", LayerOp.CONV, (Segment(0, 4, weight, None),), 4, rotation=2)
     with pytest.raises(ValueError, match="start at channel 0"):

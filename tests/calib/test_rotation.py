@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calib.equalize import fold_sites
 from calib.range_search import search_activation
 from calib.rotation import BLOCK, Rotation, original_weights, rotate_feed_forward, rotated_layers, unrotated
+from dmqexport.errors import CalibrationError
 from dmqexport.rotation_matrix import rotation_matrix
 from tests.calib.test_equalize import text_unet, transformer
 
@@ -110,6 +111,24 @@ def test_what_has_no_blocks_or_another_structure_is_left_alone() -> None:
     rotate_feed_forward(model)
     assert rotated_layers(model) == {"final.ff.net.2": 32}
     assert isinstance(final.ff.net[3], nn.Dropout)
+
+
+class Twice(nn.Module):
+    """What looks like diffusers' and uses its dropout twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([nn.Linear(4, 16), nn.Dropout(0.0), nn.Linear(16, 4)])
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        output: Tensor = self.net[2](self.net[1](self.net[1](self.net[0](tensor)).relu()))
+        return output
+
+
+def test_what_only_looks_like_it_is_refused() -> None:
+    Twice.__name__ = "FeedForward"
+    with pytest.raises(CalibrationError, match="a FeedForward answers otherwise"):
+        rotate_feed_forward(nn.ModuleDict({"ff": Twice()}))
 
 
 def test_blocks_are_as_large_as_the_channels_allow() -> None:

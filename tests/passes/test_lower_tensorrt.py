@@ -15,6 +15,7 @@ from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_weights import QuantWeights
 from engines.precision import prove_types
 from engines.trt import ShapeRange, TrtFlavor, build_engine, flavor_version
+from engines.trt_layers import EngineLayer
 from passes.base import constant_array
 from passes.lower.tensorrt import fits_fp8, holds_int4, product_types
 from passes.pipelines import lower_tensorrt
@@ -44,6 +45,20 @@ def lowered(deep: Exported, folder: Path, plan: QuantPlan, **options: object) ->
     model = canonical_graph(deep, plan, folder / "codes")
     lower_tensorrt(plan, QuantWeights(folder / "codes"), **options)(model)  # type: ignore[arg-type]
     return model
+
+
+def built_layers(model: ir.Model, folder: Path) -> tuple[EngineLayer, ...]:
+    """What TensorRT-RTX makes of `model`."""
+    ir.save(model, folder / "model.onnx")
+    shapes = {name: tuple(value.shape[1:]) for name, value in random_inputs(2, seed=0).items()}
+    built = build_engine(
+        folder / "model.onnx",
+        folder / "engine.plan",
+        flavor=TrtFlavor.RTX,
+        profiles={name: ShapeRange((1, *rest), (2, *rest), (4, *rest)) for name, rest in shapes.items()},
+        log_path=folder / "build.log",
+    )
+    return built.layers
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -149,21 +164,13 @@ def test_every_type_is_proven_from_the_builders_log(
 ) -> None:
     plan = draw_remainders(deep, tmp_path, 0) if bits == (8, 8) else draw(deep, tmp_path, 0, bits=bits)
     model = lowered(deep, tmp_path, plan, fp8=True, half=half)
-    ir.save(model, tmp_path / "model.onnx")
-    shapes = {name: tuple(value.shape[1:]) for name, value in random_inputs(2, seed=0).items()}
-    built = build_engine(
-        tmp_path / "model.onnx",
-        tmp_path / "engine.plan",
-        flavor=TrtFlavor.RTX,
-        profiles={name: ShapeRange((1, *rest), (2, *rest), (4, *rest)) for name, rest in shapes.items()},
-        log_path=tmp_path / "build.log",
-    )
+    layers = built_layers(model, tmp_path)
     types = product_types(model, plan)
-    proofs = prove_types(built.layers, types)
+    proofs = prove_types(layers, types)
     assert {proof.layer for proof in proofs} == {layer.name for layer in plan.layers}
     assert {kind for kind, _ in types.values()} == kinds
     floats = {None: "Float", ir.DataType.FLOAT16: "Half", ir.DataType.BFLOAT16: "BFloat16"}
-    types_of = {output.dtype for layer in built.layers for output in layer.outputs}
+    types_of = {output.dtype for layer in layers for output in layer.outputs}
     assert floats[half] in types_of
     assert not [proof for proof in proofs if proof.activation in ("Int8", "FP8") and proof.output != "Float"]
 
@@ -174,15 +181,7 @@ def test_rotated_layers_are_proven(tmp_path: Path) -> None:
     exported = export_rotated(tmp_path, random_inputs(3, 1))
     plan = draw(exported, tmp_path, 1, bits=(4, 4))
     model = lowered(exported, tmp_path, plan)
-    ir.save(model, tmp_path / "model.onnx")
-    shapes = {name: tuple(value.shape[1:]) for name, value in random_inputs(2, seed=0).items()}
-    built = build_engine(
-        tmp_path / "model.onnx",
-        tmp_path / "engine.plan",
-        flavor=TrtFlavor.RTX,
-        profiles={name: ShapeRange((1, *rest), (2, *rest), (4, *rest)) for name, rest in shapes.items()},
-        log_path=tmp_path / "build.log",
-    )
-    proofs = prove_types(built.layers, product_types(model, plan))
+    layers = built_layers(model, tmp_path)
+    proofs = prove_types(layers, product_types(model, plan))
     assert {proof.layer for proof in proofs} == {layer.name for layer in plan.layers} >= {"tokens.net.2", "rows.net.2"}
     assert {proof.activation for proof in proofs} == {"Int8"}

@@ -4,14 +4,17 @@ Curves are estimates and layers are not quite additive, so that many allocations
 optimum differ by more than that when measured. Measuring one takes a few forwards, a sweep takes thousands.
 """
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from calib.allocation_problem import Problem, Solution
+from calib.candidates import WidthPair
 from calib.sampling import seeded_generator
 from calib.sensitivity import Progress
+from dmqexport.ranks import Ranks
 
 _SPREAD = 0.3  # standard deviation of the logarithm of a curve's factor: about what sketched curves are off by
 
@@ -24,6 +27,12 @@ class Found:
     factors: Mapping[str, float]
     problem: Problem
     measured: float
+
+
+def agreed(solution: Solution, ranks: Ranks) -> Solution:
+    """The solution with rank 0's choice: ranks measure one and the same, should a solver's ties fall apart."""
+    told = ranks.tell("allocation", json.dumps({name: str(pair) for name, pair in solution.choice.items()}))
+    return replace(solution, choice={name: WidthPair.parse(text) for name, text in json.loads(told).items()})
 
 
 def search(

@@ -18,6 +18,7 @@ from dmqexport.errors import CalibrationError
 from dmqexport.quant_plan import LayerQuant, QuantPlan
 from dmqexport.quant_types import BitWidths, CodeArray, FloatArray, IntArray
 from dmqexport.quant_weights import QuantWeights
+from dmqexport.ranks import ALONE, Ranks, share
 
 FLOAT_BITS = 16  # how names of pairs write "not quantized"
 
@@ -81,18 +82,22 @@ class Candidates:
         factors: Mapping[str, FloatArray] | None = None,
         progress: Callable[[int, int], None] | None = None,
         timestep_scale: float = 1.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Freeze every layer at each of `widths`, rounding to nearest, into `folder`; `search`, `factors` as `freeze`.
 
-        Without `quantized_activations` the pairs of these candidates have activation None.
+        Without `quantized_activations` the pairs of these candidates have activation None. ranks: processes that share
+        the widths, and the folder.
         """
-        for number, width in enumerate(widths):
+        ranks.meet("candidates")  # rank 0 makes the folder
+        mine = share(ranks, widths)
+        for number, width in enumerate(mine):
             target = folder / str(width)
             target.mkdir()
 
             def advance(done: int, total: int, number: int = number) -> None:
                 if progress is not None:
-                    progress(number * total + done, total * len(widths))
+                    progress(number * total + done, total * len(mine))
 
             widths_here = BitWidths(width, width if quantized_activations else None)
             bits = {info.name: LayerBits(widths_here) for info in found.layers}
@@ -102,6 +107,7 @@ class Candidates:
                 timestep_scale=timestep_scale,
             )  # fmt: skip
             plan.save(target)
+        ranks.meet("candidates")
 
     @property
     def row_map(self) -> IntArray:

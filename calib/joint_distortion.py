@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from calib.candidates import Candidates, WidthPair
 from calib.metrics import Metric
 from calib.replay import Replay
 from calib.sampling import CalibrationSet
 from calib.sensitivity import Progress, Run
+from dmqexport.ranks import ALONE, Ranks, share
 
 _LARGEST_FACTOR = 8.0  # what one pass may change a curve by
 
@@ -53,15 +55,21 @@ def measure_joint(
     run: Run,
     metric: Metric,
     batch_size: int,
+    ranks: Ranks = ALONE,
 ) -> float:
-    """Mean distortion over `calibration` with every layer of `choice` quantized at once, rounding to nearest."""
-    total = 0.0
+    """Mean distortion over `calibration` with every layer of `choice` quantized at once, rounding to nearest.
+
+    ranks: processes that share the batches; the mean is that of one, bit for bit.
+    """
+    batches = list(calibration.batches(batch_size))
+    mine = share(ranks, range(len(batches)))
+    sums = np.zeros(len(batches))
     with torch.no_grad():
-        references = [run(inputs) for _, inputs in calibration.batches(batch_size)]
+        references = [run(batches[number][1]) for number in mine]
         with candidates.simulated(denoiser, choice):
-            for reference, (_, inputs) in zip(references, calibration.batches(batch_size), strict=True):
-                total += float(metric.distance(reference, run(inputs)).double().sum())
-    return total / len(calibration)
+            for reference, number in zip(references, mine, strict=True):
+                sums[number] = float(metric.distance(reference, run(batches[number][1])).double().sum())
+    return float(sum(ranks.total(sums).tolist())) / len(calibration)
 
 
 def measure_marginals(
@@ -73,35 +81,46 @@ def measure_marginals(
     metric: Metric,
     batch_size: int,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Marginals:
-    """Joint distortion, and the same with each layer in turn put back to float; only what lies downstream is run."""
-    batches = list(calibration.batches(batch_size))
-    joint, done = 0.0, 0
-    without: dict[str, float] = dict.fromkeys(choice, 0.0)
-    differences: dict[str, list[Tensor]] = {name: [] for name in choice}
+    """Joint distortion, and the same with each layer in turn put back to float; only what lies downstream is run.
+
+    ranks: processes that share batches and layers; the result is that of one, bit for bit.
+    """
+    batches, count = [inputs for _, inputs in calibration.batches(batch_size)], len(calibration)
+    starts = range(0, count, batch_size)
+    mine: dict[int, list[str | None]] = {}  # batch → layers; None: with all of them quantized
+    for number, name in share(ranks, [(n, name) for n in range(len(batches)) for name in (None, *choice)]):
+        mine.setdefault(number, []).append(name)
     with torch.no_grad():
-        references = [run(inputs) for _, inputs in batches]
+        references = {number: run(batches[number]) for number in mine}
     originals = {name: denoiser.get_submodule(name) for name in choice}
+    columns: dict[str | None, int] = {name: column for column, name in enumerate((None, *choice))}
+    found, judged, done = np.zeros((count, len(columns))), np.zeros(count), 0
     with candidates.simulated(denoiser, choice):
-        for reference, (_, inputs) in zip(references, batches, strict=True):
-            replay = Replay(denoiser, partial(run, inputs))
-            whole = metric.distance(reference, replay.output).double()
-            joint += float(whole.sum())
-            for name, original in originals.items():
-                quantized = denoiser.get_submodule(name)
-                denoiser.set_submodule(name, original)
-                try:
-                    distance = metric.distance(reference, replay.downstream_of(name)).double()
-                finally:
-                    denoiser.set_submodule(name, quantized)
-                without[name] += float(distance.sum())
-                differences[name].append(whole - distance)
+        for number, names in mine.items():
+            replay = Replay(denoiser, partial(run, batches[number]))
+            for name in names:
+                output = replay.output
+                if name is not None:
+                    quantized = denoiser.get_submodule(name)
+                    denoiser.set_submodule(name, originals[name])
+                    try:
+                        output = replay.downstream_of(name)
+                    finally:
+                        denoiser.set_submodule(name, quantized)
+                distance = metric.distance(references[number], output).double()
+                rows = slice(starts[number], starts[number] + len(distance))  # a metric may judge entries together
+                found[rows, columns[name]] = distance.cpu().numpy()
+                judged[rows] += name is None
                 done += 1
                 if progress is not None:
-                    progress(done, len(batches) * len(choice))
-    count = len(calibration)
+                    progress(min(done * ranks.size, len(batches) * len(columns)), len(batches) * len(columns))
+    found = ranks.total(found)[ranks.total(judged) > 0]
+    joint = found[:, 0]
+    without = {name: found[:, column] for name, column in columns.items() if name is not None}
     deviation = {
-        name: float(torch.cat(parts).std()) / count**0.5 if count > 1 else float("inf")
-        for name, parts in differences.items()
+        name: float((joint - own).std(ddof=1)) / count**0.5 if count > 1 else float("inf")
+        for name, own in without.items()
     }
-    return Marginals(joint / count, {name: value / count for name, value in without.items()}, deviation)
+    return Marginals(joint.sum() / count, {name: own.sum() / count for name, own in without.items()}, deviation)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from calib.allocation_problem import Problem, Resource, Solution, solve_integer, solve_lagrangian
-from calib.allocation_search import Found, search
+from calib.allocation_search import Found, agreed, search
 from calib.candidates import Candidates, WidthPair
 from calib.freeze import LayerBits
 from calib.joint_distortion import measure_joint, measure_marginals
@@ -248,9 +248,10 @@ class Allocating(Drafting):
                 factors=self.scaling.factors,
                 progress=self.workspace.reporter.progress,
                 timestep_scale=self.model.family.timestep_scale,
+                ranks=self.workspace.ranks,
             )
 
-        self._candidates_record = self.workspace.stage("candidates", key, build)
+        self._candidates_record = self.workspace.stage("candidates", key, build, shared=True)
         return Candidates(self._candidates_record.path, self.candidate_widths)
 
     @cached_property
@@ -323,7 +324,7 @@ class Allocating(Drafting):
         def build(folder: Path) -> None:
             def found(factors: Mapping[str, float], solve: Callable[[Problem], Solution]) -> Found:
                 problem = self._problem(self.table.scaled(factors))
-                solution = solve(problem)
+                solution = agreed(solve(problem), self.workspace.ranks)
                 return Found(solution, factors, problem, self._joint(solution.choice, self._judges))
 
             best = found(dict.fromkeys(self.pairs, 1.0), self._solve)
@@ -332,7 +333,7 @@ class Allocating(Drafting):
                 choice = best.solution.choice
                 around = measure_marginals(
                     self.model.denoiser, self.candidates, choice, self._entries, self._judged,
-                    self._metric, self._batch_size, self.workspace.reporter.progress,
+                    self._metric, self._batch_size, self.workspace.reporter.progress, self.workspace.ranks,
                 )  # fmt: skip
                 bent = around.factors({name: best.problem.curves[name][pair] for name, pair in choice.items()})
                 again = found({name: best.factors[name] * bent[name] for name in bent}, self._solve)
@@ -344,17 +345,18 @@ class Allocating(Drafting):
                 best = search(
                     best,
                     lambda factors: self._problem(self.table.scaled(factors)),
-                    solve_lagrangian,
+                    lambda problem: agreed(solve_lagrangian(problem), self.workspace.ranks),
                     lambda solution: self._joint(solution.choice, self._judges),
                     recipe.proposals,
                     self.recipe.seed,
                     self.workspace.reporter.progress,
                 )
                 rounds.append(self._round("best of the proposals", best))
-            document = self._document(best, rounds)
-            (folder / "allocation.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(self._document(best, rounds), indent=1) + "\n"
+            if self.workspace.ranks.rank == 0:
+                (folder / "allocation.json").write_text(text, encoding="utf-8")
 
-        return self.workspace.stage("allocation", key, build)
+        return self.workspace.stage("allocation", key, build, shared=True)
 
     @cached_property
     def allocation(self) -> dict[str, Any]:
@@ -378,9 +380,7 @@ class Allocating(Drafting):
         uniform = self._uniform(self.recipe.widths)
         prepared = {None, *self.candidate_widths}
         ready = all({pair.weight, pair.activation} <= prepared for pair in uniform.values())
-        compared = (
-            self._joint(uniform, self._judges) if ready else None
-        )  # widths that are no candidates have no quantizers
+        compared = self._joint(uniform, self._judges) if ready else None  # other widths have no quantizers
         sizes = {name: self._sizes(choice) for name, choice in (("allocated", solution.choice), ("uniform", uniform))}
         return {
             "method": recipe.method,
@@ -465,6 +465,7 @@ class Allocating(Drafting):
     def _joint(self, choice: Mapping[str, WidthPair], entries: CalibrationSet) -> float:
         return measure_joint(
             self.model.denoiser, self.candidates, choice, entries, self._judged, self._metric, self._batch_size,
+            self.workspace.ranks,
         )  # fmt: skip
 
     @cached_property

@@ -70,10 +70,12 @@ class Drafting(Drawing):
                     steps=self.steps,
                     guidance=self.guidance,
                     progress=self.workspace.reporter.progress,
+                    ranks=self.workspace.ranks,
                 )
-            (folder / "step_errors.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
+            if self.workspace.ranks.rank == 0:
+                (folder / "step_errors.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
 
-        record = self.workspace.stage("step-errors", key, build)
+        record = self.workspace.stage("step-errors", key, build, shared=True)
         return StepErrors(**json.loads((record.path / "step_errors.json").read_text(encoding="utf-8")))
 
     # what allocation judges errors by

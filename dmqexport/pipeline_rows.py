@@ -17,6 +17,7 @@ from dmqexport.pipeline_calibrate import STAGE_VERSIONS
 from dmqexport.pipeline_remainder import Remaindering
 from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_weights import WEIGHT_CODES, QuantWeights
+from dmqexport.ranks import share
 from dmqexport.workspace import StageRecord
 
 _ENTRIES = 16  # calls a step that the error at other widths is measured on
@@ -55,6 +56,8 @@ class RowAllocating(Remaindering):
             step_rows = self.row_map[self._step_timesteps]
             with self.computing():
                 errors = self._errors_by_offset()
+            if self.workspace.ranks.rank:
+                return
             found = allocate_rows(errors, weights, step_rows.tolist(), costs)
             document = {
                 "offsets": found.row_bits.offsets.tolist(),
@@ -65,7 +68,7 @@ class RowAllocating(Remaindering):
             }
             (folder / "row_bits.json").write_text(json.dumps(document), encoding="utf-8")
 
-        record = self.workspace.stage("row-bits", key, build)
+        record = self.workspace.stage("row-bits", key, build, shared=True)
         document = json.loads((record.path / "row_bits.json").read_text(encoding="utf-8"))
         offsets, share = np.asarray(document["offsets"], dtype=np.int64), np.asarray(document["share"], np.float32)
         return RowBits(offsets, share)
@@ -77,8 +80,8 @@ class RowAllocating(Remaindering):
         return np.asarray([int(data.timesteps[data.step == step][0]) for step in range(int(data.step.max()) + 1)])
 
     def _errors_by_offset(self) -> dict[int, np.ndarray[Any, Any]]:
-        """Offset → mean squared error of the (guided) predicted noise at every step."""
-        data = self.calibration_set
+        """Offset → mean squared error of the (guided) predicted noise at every step; ranks share the offsets."""
+        data, ranks = self.calibration_set, self.workspace.ranks
         pairs = guidance_pairs(data)
         called = data.step[pairs[:, 0]]
         pairs = torch.cat([pairs[called == step][:_ENTRIES] for step in range(int(called.max()) + 1)])
@@ -89,8 +92,9 @@ class RowAllocating(Remaindering):
         draft, codes = QuantPlan.load(self.drafted.path), QuantWeights(self.drafted.path / WEIGHT_CODES)
         statistics = load_statistics(self.calibrated.path / "statistics.safetensors")
         rows = int(self.row_map.max()) + 1
-        found = {}
-        for number, offset in enumerate(_OFFSETS):
+        found = np.zeros((len(_OFFSETS), int(data.step.max()) + 1))
+        for done, number in enumerate(share(ranks, range(len(_OFFSETS))), start=1):
+            offset = _OFFSETS[number]
             even = RowBits(np.full(rows, offset, dtype=np.int64), np.full(rows, 1 / rows, dtype=np.float32))
             plan = with_row_bits(draft, self.probe_result, statistics, even, self.recipe.quantization.range)
             with simulate(self.model.denoiser, plan, codes):
@@ -99,7 +103,7 @@ class RowAllocating(Remaindering):
             guided = error[:, 0] + self.guidance * (error[:, 1] - error[:, 0]) if pairs.shape[1] == 2 else error[:, 0]
             power = guided.square().flatten(1).mean(dim=1).double()
             step = data.step[pairs[:, 0]]
-            sums = torch.zeros(int(step.max()) + 1, dtype=torch.float64).index_add_(0, step, power)
-            found[offset] = (sums / torch.bincount(step)).numpy()
-            self.workspace.reporter.progress(number + 1, len(_OFFSETS))
-        return found
+            sums = torch.zeros(found.shape[1], dtype=torch.float64).index_add_(0, step, power)
+            found[number] = (sums / torch.bincount(step)).numpy()
+            self.workspace.reporter.progress(min(done * ranks.size, len(_OFFSETS)), len(_OFFSETS))
+        return dict(zip(_OFFSETS, ranks.total(found), strict=True))

@@ -20,6 +20,7 @@ from dmqexport.models.loading import LoadedModel
 from dmqexport.models.sampling import sample_images
 from dmqexport.quant_plan import QuantPlan
 from dmqexport.quant_weights import QuantWeights
+from dmqexport.ranks import ALONE, Ranks, share
 
 _ROUNDING = 1 / 12  # variance of rounding to the 8 bits of a picture: an error below that is not seen at all
 
@@ -80,14 +81,16 @@ def measure_step_errors(
     steps: int,
     guidance: float,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> StepErrors:
     """Sample the pictures of `seeds` as one batch, once in float and once for each call of the denoiser, quantized.
 
-    A step is a call here, as in recorded trajectories: multi-step samplers make more calls than `steps`. Raises
-    CalibrationError when the sampler calls the denoiser another number of times with a quantized step.
+    A step is a call here, as in recorded trajectories: multi-step samplers make more calls than `steps`. ranks:
+    processes that share the steps. Raises CalibrationError when the sampler calls the denoiser another number of times
+    with a quantized step.
     """
     state = {"calls": 0, "quantized": -1, "inside": 0}
-    noise: list[float] = []
+    noise: list[float] = []  # of the steps that this rank quantizes
 
     def replace(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         if state["inside"]:
@@ -117,16 +120,18 @@ def measure_step_errors(
             )
         return result.images.astype(np.float64)
 
-    pictures, calls = [], 0
+    calls = 0
     with removing([loaded.denoiser.register_forward_hook(replace, with_kwargs=True)]):
         reference = sample(-1)
         calls = state["calls"]
-        for step in range(calls):
+        found = np.zeros((2, calls))  # pictures, noise
+        for done, step in enumerate(share(ranks, range(calls)), start=1):
             error = ((sample(step) - reference) ** 2).mean(axis=(1, 2, 3)) + _ROUNDING
-            pictures.append(float(np.exp(np.log(error).mean())))
+            found[:, step] = np.exp(np.log(error).mean()), noise[-1]
             if progress is not None:
-                progress(step + 1, calls)
-    return StepErrors(pictures, noise)
+                progress(min(done * ranks.size, calls), calls)
+    pictures, errors = ranks.total(found).tolist()
+    return StepErrors(pictures, errors)
 
 
 def _guided_error(error: Tensor, pictures: int, guidance: float) -> float:

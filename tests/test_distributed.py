@@ -21,6 +21,7 @@ SHARED = (
     *("--calib-size", "6", "--set", "calibration.batch_size=2", "--bits", "w4a4", "--target", "onnx", "--mixed"),
     *("--set", "allocation.entries=8", "--set", "training.trajectories=4", "--set", "training.blocks.iterations=2"),
     *("--set", "training.blocks.entries=12", "--set", "training.blocks.held_out=4"),
+    *("--set", "quantization.row_bits=measured", "--set", "calibration.row_assignment=per-step"),
 )
 # Four batches of trajectories, of which each of two processes samples two.
 KILLED = ("--calib-size", "8", "--set", "calibration.batch_size=2", "--bits", "w4a4")
@@ -61,7 +62,8 @@ def test_two_processes_make_what_one_makes(tiny_plain: Path, tmp_path: Path) -> 
     # Trajectories, factors, statistics, candidates, sensitivities, allocation, plan and targets to the last byte.
     one, two = contents(tmp_path / "alone.work"), contents(tmp_path / "two.work")
     stages = {name.rpartition("-")[0] for name in (path.split("/")[0] for path in one)}
-    assert {"trajectories", "statistics", "sensitivity", "allocation", "plan", "training-set"} <= stages
+    expected = "trajectories statistics candidates step-errors sensitivity allocation row-bits plan training-set"
+    assert set(expected.split()) <= stages
     assert one.keys() == two.keys()
     assert [name for name, data in one.items() if two[name] != data] == []
     # Trained blocks may differ where a float sum fell otherwise: the same layers at the same widths.

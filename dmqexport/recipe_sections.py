@@ -111,7 +111,7 @@ class QuantizationRecipe(Section):
         "whose rounding costs the output most (measured as allocation.metric says)",
     )
     range: Literal["mse", "unbiased", "minmax"] = Field(
-        default="mse",
+        default="unbiased",
         description="mse: ranges of least squared error; unbiased: somewhat wider, and activations of up to 7 bits get "
         "back the length that clipping and rounding take; minmax: all that was observed, as a baseline",
     )
@@ -123,12 +123,12 @@ class QuantizationRecipe(Section):
     )
     refine_entries: int = Field(default=2048, ge=1, description="how many of their points it sees")
     rotation: Literal["none", "feed-forward", "auto"] = Field(
-        default="none",
+        default="auto",
         description="feed-forward: hidden channels are multiplied with a Hadamard matrix before they are quantized; "
         "auto: where --bits asks for activations of fewer than 8 bits",
     )
     refit: Literal[True, False, "auto"] = Field(
-        default=True,
+        default="auto",
         description="move weights to what least squares says of the quantized inputs, before they are rounded: less "
         "error of single calls, but shorter answers at every step, which shows where trajectories end; auto: where "
         "--bits asks for activations of 8 bits, whose rounding shortens nothing",

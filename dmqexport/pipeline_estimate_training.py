@@ -158,14 +158,17 @@ class ChoiceEstimate(Work):
         whole = training.trajectories if training.network.coherence > 0 else TRAINING_TRAJECTORIES
         return kept_calls(training.trajectories, self.plan.calls, whole)
 
+    @property
+    def keeps_calls(self) -> bool:
+        """Whether the training set is kept of trajectories that are drawn for their ends."""
+        return self.trains_on_own and self.reallocates and self.recipe.calibration.dtype == "float32"
+
     def training_set(self) -> None:
-        """Float trajectories of their own, and the float model's answers along them."""
-        training, kept = self.recipe.training, self.training_entries
-        disk = kept * (self.cost.entry_bytes + FLOAT * self.cost.layers[-1].outputs)
-        self.add(
-            "training-set", disk / self.speed.written, training.trajectories * self.plan.calls + kept,
-            self.resident + self.activations + 2 * disk, disk,
-        )  # fmt: skip
+        """Float trajectories of their own."""
+        disk = self.training_entries * self.cost.entry_bytes
+        forwards = self.recipe.training.trajectories * self.plan.calls
+        memory = self.resident + self.activations + 2 * disk
+        self.add("training-set", disk / self.speed.written, forwards, memory, disk)
 
     @property
     def saved(self) -> float:
@@ -196,11 +199,16 @@ class ChoiceEstimate(Work):
             seconds = self._iterated(blocks) + streamed * self.quantizing / 2
             self.add("blocks", seconds, streamed, moved + held + blocks.batch_size * saved / 8, state)
         if network.iterations:
+            kept, written = self.training_entries, self.training_entries * FLOAT * cost.layers[-1].outputs
+            memory = self.resident + self.activations + kept * cost.entry_bytes + 2 * written
+            self.add("targets", written / self.speed.written, kept, memory, written)
             self.add("network", self._iterated(network), 0, moved + network.batch_size * saved, state)
         if sampler.iterations or self.reallocates:
             ends = training.trajectories * self.plan.calls
             disk = training.trajectories * (self.plan.halves + 1) * cost.entry_bytes
-            self.add("trajectory-ends", 0, ends, self.resident + self.activations, disk)
+            kept = 2 * self.training_entries * cost.entry_bytes if self.keeps_calls else 0
+            seconds, memory = kept / 2 / self.speed.written, self.resident + self.activations + kept
+            self.add("trajectory-ends", seconds, ends, memory, disk + kept / 2)
         if sampler.iterations:
             samples = sampler.batch_size * self.plan.calls
             again = self.forward + self.quantizing if sampler.recompute else 0.0

@@ -35,14 +35,30 @@ _STATE = "state.safetensors"
 class Training(Reallocating):
     """Calibration, and what is trained on top of its plan."""
 
+    @property
+    def _stride(self) -> int:
+        """Of the calls along training trajectories, every so many-th is kept."""
+        training = self.recipe.training
+        # A sum over steps needs all of them; otherwise more captions are worth more than more calls of each.
+        return 1 if training.network.coherence else max(1, training.trajectories // _WHOLE_TRAJECTORIES)
+
+    @property
+    def kept_stride(self) -> int | None:
+        """As of `Drawing`: where trajectories are drawn for their ends anyway, in float32, they are not drawn twice."""
+        recipe, training = self.recipe, self.recipe.training
+        fitted = recipe.quantization.rounding == "second-order" and recipe.quantization.refine_on == "training"
+        called = fitted or training.blocks.iterations or training.network.iterations
+        shared = called and self.reallocates and recipe.calibration.dtype == "float32"
+        return self._stride if shared else None
+
     @cached_property
     def training_trajectories(self) -> StageRecord:
-        """Float trajectories to train on: `calibration.safetensors`, and the float answers `targets.safetensors`."""
-        recipe = self.recipe
+        """Float trajectories to train on, `calibration.safetensors`."""
+        if self.kept_stride is not None:
+            return self.trajectory_ends
+        recipe, stride = self.recipe, self._stride
         count = recipe.training.trajectories
         prompts = self.prompts_for(count)
-        # A sum over steps needs all of them; otherwise more captions are worth more than more calls of each.
-        stride = 1 if recipe.training.network.coherence else max(1, count // _WHOLE_TRAJECTORIES)
         key = {
             **self.base_key("training-set"),
             "prompts": prompts,
@@ -52,33 +68,39 @@ class Training(Reallocating):
         }
 
         def build(folder: Path) -> None:
-            progress, ranks = self.workspace.reporter.progress, self.workspace.ranks
             seed = TRAINING_SEED + recipe.seed * 100_003
             with self.workspace.partial("training-set", key) as scratch:
-                parts = self.sampled(
-                    scratch, count, prompts, seed, stride, lambda done, total: progress(done, 2 * total)
-                )
-                data = CalibrationSet.concatenate([CalibrationSet.load(part) for part in parts])
-                batch = 2 * self.batch_size
-                pieces = chunks(-(-len(data) // batch), _TARGET_PARTS)
-
-                def answer(number: int, path: Path) -> None:
-                    last = min(pieces[number].stop * batch, len(data))
-                    some = data.at(torch.arange(pieces[number].start * batch, last))
-                    with self.computing():
-                        targets = teacher_outputs(some, self._denoise, batch)
-                    save_file({"targets": targets}, str(path))
-
-                answers = make_parts(
-                    ranks, scratch, f"targets-by-{batch}", len(pieces), answer,
-                    lambda done, total: progress(total + done, 2 * total),
-                )  # fmt: skip
-                if ranks.rank == 0:
+                parts = self.sampled(scratch, count, prompts, seed, stride, self.workspace.reporter.progress)
+                if self.workspace.ranks.rank == 0:
+                    data = CalibrationSet.concatenate([CalibrationSet.load(part) for part in parts])
                     data.save(folder / "calibration.safetensors")
+
+        return self.workspace.stage("training-set", key, build, shared=True)
+
+    @cached_property
+    def training_targets(self) -> StageRecord:
+        """The float model's answers to `training_set`, `targets.safetensors`."""
+        key = {"version": STAGE_VERSIONS["targets"], "data": self.training_trajectories.fingerprint}
+
+        def build(folder: Path) -> None:
+            ranks, data, batch = self.workspace.ranks, self.training_set, 2 * self.batch_size
+            pieces = chunks(-(-len(data) // batch), _TARGET_PARTS)
+
+            def answer(number: int, path: Path) -> None:
+                last = min(pieces[number].stop * batch, len(data))
+                some = data.at(torch.arange(pieces[number].start * batch, last))
+                with self.computing():
+                    targets = teacher_outputs(some, self._denoise, batch)
+                save_file({"targets": targets}, str(path))
+
+            with self.workspace.partial("targets", key) as scratch:
+                name = f"targets-by-{batch}"
+                answers = make_parts(ranks, scratch, name, len(pieces), answer, self.workspace.reporter.progress)
+                if ranks.rank == 0:
                     targets = torch.cat([load_file(str(part))["targets"] for part in answers])
                     save_file({"targets": targets}, str(folder / "targets.safetensors"))
 
-        return self.workspace.stage("training-set", key, build, shared=True)
+        return self.workspace.stage("targets", key, build, shared=True)
 
     @cached_property
     def training_set(self) -> CalibrationSet:
@@ -178,6 +200,7 @@ class Training(Reallocating):
         """Plan and codes after distillation of the whole denoiser."""
         network = self.recipe.training.network
         before = self.blocks_trained if self.recipe.training.blocks.iterations else self.planned
+        answered = self.training_targets
         key = {
             "version": STAGE_VERSIONS["network"],
             "plan": before.fingerprint,
@@ -191,7 +214,7 @@ class Training(Reallocating):
         def build(folder: Path) -> None:
             weights, shares = self.step_weights
             options = self.train_options(network.weights, network.rank, network.rates)
-            targets = load_file(str(self.training_trajectories.path / "targets.safetensors"))["targets"]
+            targets = load_file(str(answered.path / "targets.safetensors"))["targets"]
             with self.trainable(before, options) as model, self.workspace.partial("network", key) as scratch:
                 if self._continues:
                     model.adopt_weights(load_file(str(before.path / _STATE)))

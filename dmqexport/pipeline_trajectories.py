@@ -29,10 +29,16 @@ _REPLAYED = 1e-3
 class Drawing(Calibration):
     """Calibration that can draw whole trajectories with a gradient through every step of the sampler."""
 
+    @property
+    def kept_stride(self) -> int | None:
+        """Of the calls along `trajectory_ends`, every so many-th is kept to fit or train on; None: none is."""
+        return None
+
     @cached_property
     def trajectory_ends(self) -> StageRecord:
-        """First calls of float trajectories, `starts.safetensors`, and what they end in, `finished.safetensors`."""
-        recipe = self.recipe
+        """First calls of float trajectories, `starts.safetensors`, what they end in, `finished.safetensors`, and with a
+        `kept_stride` calls along them, `calibration.safetensors`."""
+        recipe, stride = self.recipe, self.kept_stride
         count = recipe.training.trajectories
         prompts = self.prompts_for(count)
         key = {
@@ -40,6 +46,7 @@ class Drawing(Calibration):
             "prompts": prompts,
             "size": count,
             "seed": recipe.seed,
+            **({} if stride is None else {"stride": stride}),
         }
 
         def build(folder: Path) -> None:
@@ -56,6 +63,8 @@ class Drawing(Calibration):
                     if number == 0:
                         self._check_replay(data, starts, finished)
                 starts.save(path.with_suffix(".starts"))
+                if stride is not None:
+                    data.thinned(stride).save(path.with_suffix(".calls"))
                 save_file({"finished": finished.contiguous()}, str(path))
 
             with self.workspace.partial("trajectory-ends", key) as scratch:
@@ -66,6 +75,9 @@ class Drawing(Calibration):
                     CalibrationSet.concatenate(pieces).save(folder / "starts.safetensors")
                     finished = torch.cat([load_file(str(part))["finished"] for part in parts])
                     save_file({"finished": finished}, str(folder / "finished.safetensors"))
+                    if stride is not None:
+                        pieces = [CalibrationSet.load(part.with_suffix(".calls")) for part in parts]
+                        CalibrationSet.concatenate(pieces).save(folder / "calibration.safetensors")
 
         return self.workspace.stage("trajectory-ends", key, build, shared=True)
 

@@ -222,7 +222,7 @@ def test_stages_are_those_of_the_build(tiny_text: Path, tmp_path: Path) -> None:
     for own in measured:
         found = next(stage for stage in estimated if stage["name"] == own["name"])
         assert 1 / 2 < found["memory"] / own["peak_rss_bytes"] < 2, own["name"]
-    samples = [stage for stage in estimated if stage["name"] in ("trajectories", "statistics", "training-set")]
+    samples = [stage for stage in estimated if stage["name"] in ("trajectories", "statistics", "trajectory-ends")]
     for stage in samples:
         own = next(own for own in measured if own["name"] == stage["name"])
         assert 1 / 2 < stage["disk"] / own["disk_bytes"] < 2, own["name"]

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dmqexport.pipeline_reallocate as stage
+from calib.sampling import CalibrationSet
 from dmqexport.errors import RecipeError
 from dmqexport.recipe import load_recipe
 from tests.command_line import Answer, build, refused
@@ -62,6 +64,25 @@ def test_weights_bits_change_within_the_budget_and_activations_do_not(
         assert curve["8"] < curve["2"], "more bits do less"
     # Boundary layers keep theirs.
     assert all(layer["weight_bits"] == 8 for layer in after["layers"] if layer["reason"].startswith("boundary"))
+
+
+def test_trajectories_that_end_are_those_that_weights_are_fitted_to(
+    once: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Drawn once: what is kept of them is what is drawn where no end is asked for."""
+    work = tmp_path / "work"
+    shutil.copytree(once, work)
+    fitted = ("--set", "quantization.refine_on=training")
+    document(build(tiny_text, tmp_path / "out", work, *ONCE, *fitted, verb="plan"))
+    document(build(tiny_text, tmp_path / "out", work, *AGAIN, *fitted, verb="plan"))
+    (own,) = work.glob("training-set-*/calibration.safetensors")
+    (kept,) = work.glob("trajectory-ends-*/calibration.safetensors")
+    alone, shared = CalibrationSet.load(own), CalibrationSet.load(kept)
+    assert torch.equal(alone.step, shared.step)
+    assert torch.equal(alone.trajectory, shared.trajectory)
+    assert alone.inputs.keys() == shared.inputs.keys()
+    for name, values in alone.inputs.items():
+        assert torch.equal(values, shared.inputs[name]), name
 
 
 def test_a_killed_measurement_goes_on_where_it_was(

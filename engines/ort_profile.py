@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from engines.runner import Arrays
 _BYTES = {"float": 4, "int64": 8, "int32": 4, "double": 8, "float16": 2, "uint8": 1, "int8": 1, "bool": 1}
 _PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
 _KERNEL = "_kernel_time"
+_ROTATION = re.compile(r"/rotation\d*/")  # behind a layer's name: what RotateInputs puts in front of it
 #: Operators whose time is that of the nodes inside them.
 _CONTAINERS = ("Loop", "If", "Scan")
 
@@ -101,13 +103,14 @@ def multiplied_types(nodes: Sequence[NodeTime], layers: Sequence[str]) -> dict[s
     """Element types of what the products and convolutions of every layer were executed on; empty where none was seen.
 
     That is the proof of int8 in ONNX Runtime, from what its profile says was run: a graph may hold integer operators
-    that the runtime replaces, and Q/DQ pairs that it does not.
+    that the runtime replaces, and Q/DQ pairs that it does not. The rotation of a layer's inputs (RotateInputs) is a
+    float product in front of what is quantized, not one of the layer's.
     """
     found: dict[str, set[str]] = {name: set() for name in layers}
     for node in nodes:
         if node.op in _PRODUCTS or node.op.endswith(("Conv", "ConvInteger")):
             name = _layer_of(node.name, found)
-            if name:
+            if name and not _ROTATION.match(node.name, len(name)):
                 found[name].add(node.operand)
     return found
 

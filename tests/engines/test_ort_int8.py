@@ -41,3 +41,13 @@ def test_a_float_product_is_no_proof() -> None:
     named = [("a/MatMul", "MatMulIntegerToFloat", "uint8"), ("a/second", "MatMul", "float"), ("b/Mul", "Mul", "uint8")]
     nodes = [NodeTime(name, op, (), 1.0, 0, 0, operand) for name, op, operand in named]
     assert multiplied_types(nodes, ["a", "b"]) == {"a": {"uint8", "float"}, "b": set()}
+
+
+def test_a_rotation_is_no_product_of_its_layer() -> None:
+    named = [
+        *(("a/rotation/product", "MatMul", "float"), ("a/rotation1/product", "MatMul", "float")),
+        *(("a/MatMul", "MatMulInteger", "uint8"), ("b/rotations/product", "MatMul", "float")),
+        ("rotation/product", "MatMul", "float"),
+    ]
+    nodes = [NodeTime(name, op, (), 1.0, 0, 0, operand) for name, op, operand in named]
+    assert multiplied_types(nodes, ["a", "b", "rotation"]) == {"a": {"uint8"}, "b": {"float"}, "rotation": {"float"}}

@@ -61,14 +61,15 @@ def measure_joint(
 
     ranks: processes that share the batches; the mean is that of one, bit for bit.
     """
-    batches = list(calibration.batches(batch_size))
-    mine = share(ranks, range(len(batches)))
-    sums = np.zeros(len(batches))
+    count = -(-len(calibration) // batch_size)
+    mine, sums = share(ranks, range(count)), np.zeros(count)
     with torch.no_grad():
-        references = [run(batches[number][1]) for number in mine]
+        numbered = enumerate(calibration.batches(batch_size))
+        references = {number: run(inputs) for number, (_, inputs) in numbered if number in mine}
         with candidates.simulated(denoiser, choice):
-            for reference, number in zip(references, mine, strict=True):
-                sums[number] = float(metric.distance(reference, run(batches[number][1])).double().sum())
+            for number, (_, inputs) in enumerate(calibration.batches(batch_size)):
+                if number in mine:
+                    sums[number] = float(metric.distance(references[number], run(inputs)).double().sum())
     return float(sum(ranks.total(sums).tolist())) / len(calibration)
 
 

@@ -83,7 +83,7 @@ class _Estimator(ChoiceEstimate):
             self.allocate()
         self.remainders()
         self.row_bits()
-        if self.trains_on_own and not self.keeps_calls:
+        if self.recipe.trains_on_calls and not self.recipe.keeps_calls:
             self.training_set()
         self.tabulate()
         self.reallocate()

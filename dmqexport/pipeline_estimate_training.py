@@ -37,13 +37,6 @@ class ChoiceEstimate(Work):
         measured = self.recipe.quantization.row_bits == "measured" and bits is not None
         return measured and (self.allocates or bits != MAX_BITS)
 
-    @property
-    def trains_on_own(self) -> bool:
-        """Whether there are trajectories beside calibration's."""
-        training, quantization = self.recipe.training, self.recipe.quantization
-        used = quantization.rounding == "second-order" and quantization.refine_on == "training"
-        return used or training.blocks.iterations > 0 or training.network.iterations > 0
-
     # Drafts
 
     def draft(self) -> None:
@@ -158,11 +151,6 @@ class ChoiceEstimate(Work):
         whole = training.trajectories if training.network.coherence > 0 else TRAINING_TRAJECTORIES
         return kept_calls(training.trajectories, self.plan.calls, whole)
 
-    @property
-    def keeps_calls(self) -> bool:
-        """Whether the training set is kept of trajectories that are drawn for their ends."""
-        return self.trains_on_own and self.reallocates and self.recipe.calibration.dtype == "float32"
-
     def training_set(self) -> None:
         """Float trajectories of their own."""
         disk = self.training_entries * self.cost.entry_bytes
@@ -206,7 +194,7 @@ class ChoiceEstimate(Work):
         if sampler.iterations or self.reallocates:
             ends = training.trajectories * self.plan.calls
             disk = training.trajectories * (self.plan.halves + 1) * cost.entry_bytes
-            kept = 2 * self.training_entries * cost.entry_bytes if self.keeps_calls else 0
+            kept = 2 * self.training_entries * cost.entry_bytes if self.recipe.keeps_calls else 0
             seconds, memory = kept / 2 / self.speed.written, self.resident + self.activations + kept
             self.add("trajectory-ends", seconds, ends, memory, disk + kept / 2)
         if sampler.iterations:

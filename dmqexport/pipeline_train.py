@@ -44,12 +44,8 @@ class Training(Reallocating):
 
     @property
     def kept_stride(self) -> int | None:
-        """As of `Drawing`: where trajectories are drawn for their ends anyway, in float32, they are not drawn twice."""
-        recipe, training = self.recipe, self.recipe.training
-        fitted = recipe.quantization.rounding == "second-order" and recipe.quantization.refine_on == "training"
-        called = fitted or training.blocks.iterations or training.network.iterations
-        shared = called and self.reallocates and recipe.calibration.dtype == "float32"
-        return self._stride if shared else None
+        """As of `Drawing`: trajectories that are drawn for their ends anyway are not drawn twice."""
+        return self._stride if self.recipe.keeps_calls else None
 
     @cached_property
     def training_trajectories(self) -> StageRecord:

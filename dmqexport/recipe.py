@@ -143,6 +143,19 @@ class Recipe(Section):
         return not self._narrow if chosen == "auto" else chosen
 
     @property
+    def trains_on_calls(self) -> bool:
+        """Whether weights are fitted to, or trained on, single calls along trajectories beside calibration's."""
+        training, quantization = self.training, self.quantization
+        fitted = quantization.rounding == "second-order" and quantization.refine_on == "training"
+        return fitted or training.blocks.iterations > 0 or training.network.iterations > 0
+
+    @property
+    def keeps_calls(self) -> bool:
+        """Whether those calls are kept of trajectories that are drawn, in float32, for where they end."""
+        ends = self.allocation.allocates and self.allocation.trajectories > 0
+        return self.trains_on_calls and ends and self.calibration.dtype == "float32"
+
+    @property
     def _narrow(self) -> bool:
         """Whether `bits` asks for activations of fewer than 8 bits."""
         activation = self.widths.activation
